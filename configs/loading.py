@@ -1,0 +1,151 @@
+"""Reads a YAML file and dotted overrides into a `Config`; every error is one line that names file, line, key and what is allowed."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from .schema import Config, KeyedError
+
+PRESETS = Path(__file__).parent
+Keys = tuple[str | int, ...]
+
+
+class ConfigError(ValueError):
+    """A file or an override that is no configuration."""
+
+
+def load_config(file: str | Path, overrides: list[str] | None = None, world: int | None = None) -> Config:
+    """A file (or the name of a preset beside this one) and overrides such as `model.d_model=64` -> `Config`.
+
+    With `world`, the number of ranks, `auto` becomes numbers and the degrees are checked against it.
+
+    Raises ConfigError with one line: FILE:LINE: KEY value, what is allowed.
+    """
+    path = find_file(file)
+    node = _compose(path)
+    values = yaml.safe_load(path.read_text())
+    places = {keys: f"{path}:{line}" for keys, line in _lines(node).items()}
+    for override in overrides or []:
+        keys, value = parse_override(override)
+        _assign(values, keys, value, override)
+        for known in [k for k in places if k[: len(keys)] == keys]:
+            del places[known]
+        places[keys] = f"override {override}"
+    config = validate(values, str(path), places)
+    if world is None:
+        return config
+    try:
+        return config.resolved(world)
+    except KeyedError as error:
+        raise _located(error, (), str(path), places) from None
+
+
+def find_file(file: str | Path) -> Path:
+    """The file itself, or the preset of that name."""
+    for path in (Path(file), PRESETS / file, PRESETS / f"{file}.yaml"):
+        if path.is_file():
+            return path
+    names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+    raise ConfigError(f"{file}: no such file; allowed: a YAML file, or a preset: {names}")
+
+
+def parse_override(override: str) -> tuple[Keys, Any]:
+    """`a.b=1` -> (("a", "b"), 1); the value is YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key or not all(key.split(".")):
+        raise ConfigError(f"override {override!r}: allowed: dotted.key=value")
+    try:
+        return tuple(key.split(".")), yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is no YAML value") from None
+
+
+def validate(values: Any, source: str, places: dict[Keys, str] | None = None) -> Config:
+    """Plain values -> `Config`; `places` says where each key was written. Raises ConfigError."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as errors:
+        error = errors.errors()[0]
+    cause = error.get("ctx", {}).get("error")
+    # pydantic adds the names of a union's members, such as `constrained-int`, to the keys.
+    keys: Keys = tuple(key for key in error["loc"] if isinstance(key, int) or key.isidentifier())
+    if isinstance(cause, KeyedError):
+        raise _located(cause, keys, source, places or {})
+    raise ConfigError(f"{_place(keys, source, places or {})}: {_dotted(keys)} {_explain(error)}")
+
+
+def _located(error: KeyedError, section: Keys, source: str, places: dict[Keys, str]) -> ConfigError:
+    keys = section + tuple(error.key.split("."))
+    return ConfigError(f"{_place(keys, source, places)}: {_dotted(keys)} {error}")
+
+
+def _explain(error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        parent = _fields(error["loc"][:-1])
+        return f"is no key of this section; allowed: {', '.join(parent)}" if parent else "is not a known key"
+    if error["type"] == "missing":
+        return "is missing"
+    if error["loc"] in (("parallel", "pp"), ("parallel", "ep")):
+        return f"is {error['input']!r}: degrees beyond 1 on this axis are not available yet; allowed: 1"
+    message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"is {error['input']!r}, allowed: {message}"
+
+
+def _fields(keys: Keys) -> list[str]:
+    section: Any = Config
+    for key in keys:
+        field = getattr(section, "model_fields", {}).get(key)
+        if field is None:
+            return []
+        section = field.annotation
+    return list(getattr(section, "model_fields", {}))
+
+
+def _dotted(keys: Keys) -> str:
+    return ".".join(str(key) for key in keys)
+
+
+def _place(keys: Keys, source: str, places: dict[Keys, str]) -> str:
+    for end in range(len(keys), 0, -1):
+        if keys[:end] in places:
+            return places[keys[:end]]
+    return source
+
+
+def _compose(path: Path) -> yaml.Node | None:
+    try:
+        node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: no YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}:1: holds no keys; allowed: a mapping such as `model:`")
+    return node
+
+
+def _lines(node: yaml.Node | None, keys: Keys = ()) -> dict[Keys, int]:
+    """The line on which each key stands. A key written twice is an error: YAML would keep the last in silence."""
+    lines: dict[Keys, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = keys + (key.value,)
+            if path in lines:
+                raise ConfigError(f"line {key.start_mark.line + 1}: {_dotted(path)} is written twice (line {lines[path]} before)")
+            lines[path] = key.start_mark.line + 1
+            lines |= _lines(value, path)
+    return lines
+
+
+def _assign(values: Any, keys: Keys, value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        if values.get(key) is None:
+            values[key] = {}
+        values = values[key]
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {override!r}: {key} holds a value, no keys")
+    values[keys[-1]] = value

@@ -1,0 +1,1 @@
+"""One folder an operation: reference.py in PyTorch, op.py with the public function."""

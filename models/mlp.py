@@ -1,0 +1,26 @@
+"""The SwiGLU feed-forward (Shazeer, arXiv 2002.05202)."""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..configs.schema import ModelConfig
+from .sharding import COLUMNS, ROWS, Sharding
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x), [b, l, d] -> [b, l, d]."""
+
+    sharding: ClassVar[Sharding] = {"gate_proj.weight": ROWS, "up_proj.weight": ROWS, "down_proj.weight": COLUMNS}
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d, hidden = config.d_model, config.mlp.hidden
+        self.gate_proj = nn.Linear(d, hidden, bias=False)
+        self.up_proj = nn.Linear(d, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, l, d] -> [b, l, d]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,49 @@
+"""The two ends of a language model: embedding, and the projection to logits with its loss."""
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.cross_entropy import cross_entropy_sum
+from .sharding import ROWS, Sharding
+
+if TYPE_CHECKING:
+    from ..parallel.vocabulary import VocabularyShards
+
+
+class Embedding(nn.Module):
+    """Token ids -> vectors. `shards` is set where the rows are cut over ranks."""
+
+    # A tensor region only in its rows: ids carry no gradient, and the shards add the parts up themselves.
+    sharding: ClassVar[Sharding] = {"weight": ROWS}
+    output_sharded: ClassVar[bool] = True
+
+    def __init__(self, vocab_size: int, d: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d))
+        self.shards: VocabularyShards | None = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[b, l] integers -> [b, l, d]."""
+        return self.shards.embed(ids, self.weight) if self.shards else F.embedding(ids, self.weight)
+
+
+class Projection(nn.Module):
+    """Vectors -> logits, or the cross entropy of labels. `shards` is set where the rows are cut over ranks."""
+
+    sharding: ClassVar[Sharding] = {"weight": ROWS}
+    output_sharded: ClassVar[bool] = True
+
+    def __init__(self, d: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d))
+        self.shards: VocabularyShards | None = None
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x [b, l, d] -> logits [b, l, vocab]; with labels [b, l], the cross entropy summed over tokens, a scalar."""
+        logits = F.linear(x, self.weight)
+        if labels is None:
+            return self.shards.whole(logits) if self.shards else logits
+        return self.shards.cross_entropy_sum(logits, labels) if self.shards else cross_entropy_sum(logits, labels)

@@ -1,0 +1,1 @@
+"""How work is split over ranks: meshes, layouts, state passing, halos, collectives with gradients."""

@@ -1,0 +1,80 @@
+"""Collectives with their gradients, for tensors that mean different things on the ranks of a group.
+
+    copy_to       the same value everywhere, used differently by each rank    forward nothing   backward all-reduce
+    reduce_from   each rank has a part of a sum that all use alike            forward all-reduce  backward nothing
+    all_sum       a sum of parts that each rank uses differently              forward all-reduce  backward all-reduce
+    all_gather    every rank's tensor, which each rank uses differently      forward all-gather  backward reduce-scatter
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Their names since torch 2.13, else those before.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def copy_to(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The tensor; its gradient is summed over the group."""
+    return _CopyTo.apply(tensor, group)
+
+
+def reduce_from(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over the group; its gradient, the same on every rank, passes as it is."""
+    return _ReduceFrom.apply(tensor, group)
+
+
+def all_sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over the group; so is its gradient."""
+    return _CopyTo.apply(_ReduceFrom.apply(tensor, group), group)
+
+
+def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[...] of each rank -> [ranks, ...]; the gradient of each part is summed over the group and goes to its rank."""
+    return _AllGather.apply(tensor, group)
+
+
+def _all_reduced(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    out = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, group=group)
+    return out
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_reduced(grad, ctx.group), None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return _all_reduced(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        out = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
+        # gloo wants the parts one after another along the first dim.
+        _all_gather_single(out.flatten(0, 1), tensor.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        out = torch.empty_like(grad[0], memory_format=torch.contiguous_format)
+        _reduce_scatter_single(out, grad.contiguous().flatten(0, 1), group=ctx.group)
+        return out, None

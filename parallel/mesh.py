@@ -1,0 +1,55 @@
+"""The device mesh: named axes over all ranks and the groups made from them, handed on explicitly."""
+
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ..configs.schema import ParallelConfig
+
+AXES = ("pp", "dp", "cp", "tp")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Ranks arranged as pp x dp x cp x tp, tp innermost (neighbours on one node).
+
+    data is dp and cp as one axis, "dp_cp": parameters are sharded and gradients summed over it.
+    """
+
+    dense: DeviceMesh
+    data: DeviceMesh
+    neighbours: dict[int, dist.ProcessGroup] = field(default_factory=dict, compare=False)
+
+    @property
+    def tensor(self) -> DeviceMesh:
+        """The tp axis."""
+        return self.dense["tp"]
+
+    def size(self, axis: str) -> int:
+        """Ranks along an axis of AXES, or along "dp_cp"."""
+        return (self.data if axis == "dp_cp" else self.dense[axis]).size()
+
+    def rank(self, axis: str) -> int:
+        """This rank's place along an axis."""
+        return (self.data if axis == "dp_cp" else self.dense[axis]).get_local_rank()
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """This rank's group along an axis."""
+        return (self.data if axis == "dp_cp" else self.dense[axis]).get_group()
+
+    def tensor_neighbours(self, size: int) -> dist.ProcessGroup:
+        """This rank's group of `size` neighbours along tp, for what fewer than all of them share. All ranks must call it."""
+        if size == self.size("tp"):
+            return self.group("tp")
+        if size not in self.neighbours:
+            runs = self.dense.mesh.reshape(-1, size).tolist()
+            self.neighbours[size], _ = dist.new_subgroups_by_enumeration(runs)
+        return self.neighbours[size]
+
+
+def build_mesh(parallel: ParallelConfig, device_type: str) -> Mesh:
+    """Lays the default process group out as `parallel` says. Raises ValueError when the degrees do not multiply to it."""
+    sizes = parallel.resolved(dist.get_world_size())
+    dense = init_device_mesh(device_type, (sizes.pp, sizes.dp, sizes.cp, sizes.tp), mesh_dim_names=AXES)
+    return Mesh(dense, dense["dp", "cp"]._flatten("dp_cp"))

@@ -1,0 +1,87 @@
+"""Worker processes that stay: starting one costs seconds, so tests run their distributed functions on a pool."""
+
+import multiprocessing
+import os
+import queue
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+TIMEOUT = 120.0
+
+
+class WorkerPool:
+    """Runs a function on the ranks of a gloo group, worlds up to `size`. A failure ends all workers; the next run starts new ones."""
+
+    def __init__(self, size: int = 4) -> None:
+        self.size = size
+        self.workers: list[Any] = []
+        self.tasks: list[Any] = []
+        self.results: Any = None
+
+    def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+        """`function(rank, *args)` on each rank -> results by rank. Raises RuntimeError with the traceback of the first that failed."""
+        if not self.workers:
+            self._start()
+        with tempfile.TemporaryDirectory() as folder:
+            for rank in range(world):
+                self.tasks[rank].put((function, args, rank, world, f"{folder}/rendezvous", timeout))
+            return self._collect(world, timeout)
+
+    def _collect(self, world: int, timeout: float) -> list[Any]:
+        found: dict[int, Any] = {}
+        end = time.monotonic() + timeout
+        while len(found) < world:
+            try:
+                rank, good, value = self.results.get(timeout=0.2)
+            except queue.Empty:
+                dead = [rank for rank in range(world) if rank not in found and not self.workers[rank].is_alive()]
+                if dead or time.monotonic() > end:
+                    self.stop()
+                    what = f"rank {dead[0]} died" if dead else f"no answer within {timeout:.0f} s"
+                    raise RuntimeError(f"{what} (world {world})") from None
+                continue
+            if not good:
+                self.stop()
+                raise RuntimeError(f"rank {rank} of {world} failed:\n{value}")
+            found[rank] = value
+        return [found[rank] for rank in range(world)]
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.results = context.Queue()
+        self.tasks = [context.Queue() for _ in range(self.size)]
+        self.workers = [context.Process(target=_work, args=(tasks, self.results), daemon=True) for tasks in self.tasks]
+        for worker in self.workers:
+            worker.start()
+
+    def stop(self) -> None:
+        """Ends every worker and waits until it is gone."""
+        for worker in self.workers:
+            worker.kill()
+        for worker in self.workers:
+            worker.join()
+        self.workers = []
+
+
+def _work(tasks: Any, results: Any) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        function, args, rank, world, path, timeout = tasks.get()
+        try:
+            store = dist.FileStore(path, world)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+            value = function(rank, *args)
+            dist.barrier()
+            dist.destroy_process_group()
+        except BaseException:
+            results.put((rank, False, traceback.format_exc()))
+            return
+        results.put((rank, True, value))

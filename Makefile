@@ -25,7 +25,7 @@ $(VENV)/installed: setup.py constraints.txt
 	@touch $@
 
 train: install
-	@$(BIN)/baton train $(CONFIG) run=$(RUN) --nproc auto --continue
+	@$(BIN)/baton train $(CONFIG) run=$(RUN) --nproc auto --resume
 
 test: install
 	$(BIN)/pytest tests

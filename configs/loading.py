@@ -6,13 +6,14 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from .errors import UserError
 from .schema import Config, KeyedError
 
 PRESETS = Path(__file__).parent
 Keys = tuple[str | int, ...]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A file or an override that is no configuration."""
 
 

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .pattern import LayerKinds, parse_pattern
@@ -272,6 +273,10 @@ class Config(Section):
         if any(layer.feed_forward == "moe" for layer in self.model.layers) and self.model.moe.experts > tokens:
             raise KeyedError("model.moe.experts", f"is {self.model.moe.experts}, more than a micro-step's {tokens} tokens")
         return self
+
+    def to_yaml(self) -> str:
+        """A file from which `load_config` reads the same."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def resolved(self, world: int) -> Self:
         """The same on `world` ranks, with numbers for `auto`. Raises KeyedError where the degrees do not fit."""

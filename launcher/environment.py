@@ -1,0 +1,117 @@
+"""The process around a command: devices, process group, worker processes, and how errors leave them."""
+
+import os
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from ..configs.errors import UserError
+from ..configs.schema import Config, KeyedError
+from .errors import AGENT, under_torchrun
+
+TIMEOUT = timedelta(minutes=10)
+"""After which a rank that waits for another gives up."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where this process runs."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+
+@contextmanager
+def process_group() -> Iterator[Environment]:
+    """Joins torchrun's group, or makes one of this process alone: NCCL with a GPU for each process, else gloo."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if under_torchrun():
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    try:
+        yield Environment(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_processes(asked: str, config: Config) -> int:
+    """A number as it is; `auto`: as many GPUs as the config fits, without any the degrees it names, at least 2 for an open one.
+
+    Raises UserError for anything else, and KeyedError as `Config.resolved`.
+    """
+    if asked != "auto":
+        if not asked.isdigit() or int(asked) < 1:
+            raise UserError(f"--nproc is {asked!r}, allowed: auto, or 1 and more")
+        return int(asked)
+    sizes = [config.parallel.tp, config.parallel.cp, config.parallel.dp]
+    named = torch.Size([size for size in sizes if size != "auto"]).numel()
+    preferred = range(torch.cuda.device_count(), 0, -1) if torch.cuda.is_available() else (max(named, 2), named)
+    return next((n for n in preferred if _fits(config, n)), named)
+
+
+def _fits(config: Config, world: int) -> bool:
+    try:
+        config.resolved(world)
+    except KeyedError:
+        return False
+    return True
+
+
+def launch(arguments: Sequence[str], processes: int) -> None:
+    """Runs `baton ARGUMENTS` on worker processes of this machine through torchrun's own agent, and waits.
+
+    When one fails the others are ended. Raises UserError with the message of the first that failed.
+    """
+    _set_worker_variables(processes)
+    settings = LaunchConfig(
+        run_id=uuid.uuid4().hex,
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    try:
+        elastic_launch(settings, sys.executable)("-P", "-m", "baton.launcher.cli", *arguments)
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        raise UserError(_message(rank, failure)) from None
+
+
+def _message(rank: int, failure: ProcessFailure) -> str:
+    """A worker's UserError as it was; of anything else the rank and what is known (its traceback is above)."""
+    message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
+    kind, _, text = str(message).partition(": ")
+    if kind in {error.__name__ for error in (UserError, *UserError.__subclasses__())}:
+        return text
+    return f"rank {rank} ended with {failure.signal_name() if failure.exitcode < 0 else failure.exitcode}: {message}"
+
+
+def _set_worker_variables(processes: int) -> None:
+    os.environ[AGENT] = "1"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    # Large buffers come and go at every step: glibc then maps and unmaps memory each time (a fifth of a CPU step).
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 32))

@@ -1,0 +1,39 @@
+"""How an error leaves a command: one line for what the user can mend, a traceback for what is ours. Imports no torch."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..configs.errors import UserError
+
+AGENT = "BATON_AGENT"
+"""Set in workers that `environment.launch` started: it prints their errors, once."""
+
+
+def under_torchrun() -> bool:
+    """Whether a launcher has told this process its rank."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Ends the process with status 1 and one line for a UserError; a worker also tells its agent, who ends the others."""
+    try:
+        yield
+    except UserError as error:
+        if under_torchrun():
+            _tell_agent(error)
+        if AGENT not in os.environ and os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        # Not sys.exit: a failed rank must not wait in the library's exit handlers for those that hang in a collective.
+        sys.stderr.flush()
+        os._exit(1) if under_torchrun() else sys.exit(1)
+
+
+def _tell_agent(error: UserError) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    handler = get_error_handler()
+    handler.initialize()
+    handler.record_exception(error)

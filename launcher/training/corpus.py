@@ -1,0 +1,81 @@
+"""Text from files, folders, .jsonl and .gz, as documents."""
+
+import gzip
+import json
+import random
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from ...configs.errors import UserError
+
+SUFFIXES = {".py", ".txt", ".md", ".rst", ".jsonl"}
+"""What is read in a folder, also with .gz behind it. A file that is named itself is read whatever its suffix."""
+TEXT_KEY = "text"
+"""Of a .jsonl line."""
+
+
+def documents(inputs: list[str], max_bytes: int) -> Iterator[str]:
+    """Documents of the inputs until `max_bytes` of text; files in an order that mixes them, the same every time.
+
+    Raises UserError for an input that is missing, unreadable or empty.
+    """
+    files = [(path, True) for name in inputs for path in [Path(name)] if not path.is_dir()]
+    for folder in [Path(name) for name in inputs if Path(name).is_dir()] or ([] if inputs else [standard_library()]):
+        found = [path for path in sorted(folder.rglob("*")) if _is_text(path, folder)]
+        if not found:
+            raise UserError(f"data.input {folder}: no file that ends in {' '.join(sorted(SUFFIXES))} (or .gz of these)")
+        files += [(path, False) for path in found]
+    random.Random(0).shuffle(files)
+    left = max_bytes
+    for path, named in files:
+        for text in _read(path, named):
+            yield text
+            left -= len(text.encode())
+            if left <= 0:
+                return
+
+
+def standard_library() -> Path:
+    """Real text that is on any machine: the sources and docstrings of Python itself."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _is_text(path: Path, folder: Path) -> bool:
+    parts = path.relative_to(folder).parts
+    skipped = folder == standard_library() and {"site-packages", "dist-packages", "test", "tests", "__pycache__"} & set(parts)
+    suffixes = path.suffixes[-2:-1] if path.suffix == ".gz" else path.suffixes[-1:]
+    return not skipped and bool(SUFFIXES & set(suffixes)) and path.is_file()
+
+
+def _read(path: Path, named: bool) -> Iterator[str]:
+    """A file's documents. One that was found in a folder and is no UTF-8 is passed over, one that was named is an error."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = data.decode("utf-8")
+    except (OSError, EOFError) as error:
+        raise UserError(f"data.input {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except UnicodeDecodeError as error:
+        if named:
+            raise UserError(f"data.input {path}: no UTF-8 text at byte {error.start}") from None
+        return
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        yield from _json_lines(path, text)
+    elif text.strip():
+        yield text
+    elif named:
+        raise UserError(f"data.input {path}: the file is empty")
+
+
+def _json_lines(path: Path, text: str) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)[TEXT_KEY]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(f'data.input {path}:{number}: allowed: a JSON object with "{TEXT_KEY}"') from None
+        if not isinstance(value, str):
+            raise UserError(f'data.input {path}:{number}: "{TEXT_KEY}" is no string')
+        if value:
+            yield value

@@ -1,0 +1,79 @@
+"""Which tokens a rank sees at which step: a function of the position in the data, so that a run resumes where it stopped."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...configs.errors import UserError
+from ...configs.schema import Config
+from ...kernels.cross_entropy import IGNORED
+from ...parallel.layout import Layout
+from ...parallel.mesh import Mesh
+from .token_files import TokenStream
+
+
+class Batch(NamedTuple):
+    """One micro-step's tokens of this rank: all int64, on its device."""
+
+    ids: Tensor  # [b, l]
+    labels: Tensor  # [b, l], the next token of each, also across the ends of segments
+    positions: Tensor  # [l] in the whole sequence
+
+
+class Samples:
+    """The samples of a token stream: runs of `context` tokens and the one after, in an order shuffled anew each epoch."""
+
+    def __init__(self, stream: TokenStream, context: int, seed: int | None) -> None:
+        """Raises UserError when the stream is shorter than one sample. Without a seed the order is that of the stream."""
+        self.stream, self.context, self.seed = stream, context, seed
+        self.count = (stream.length - 1) // context
+        if self.count < 1:
+            raise UserError(f"the corpus has {stream.length} tokens, fewer than one sample ({context} + 1)")
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __getitem__(self, position: int) -> Tensor:
+        """Tokens [context + 1] of the sample at a position, which may pass the end: then the next epoch begins."""
+        epoch, place = divmod(position, self.count)
+        start = int(self._epoch_order(epoch)[place]) * self.context
+        return torch.from_numpy(self.stream.read(start, self.context + 1))
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            order = np.arange(self.count)
+            if self.seed is not None:
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+            self._order = epoch, order
+        return self._order[1]
+
+
+class Loader:
+    """Cuts samples for this rank of a mesh: sequences over dp, tokens over cp."""
+
+    def __init__(self, samples: Samples, config: Config, mesh: Mesh, device: torch.device) -> None:
+        self.samples, self.batch, self.mesh, self.device = samples, config.batch, mesh, device
+        self.layout = Layout(config.parallel.layout, mesh.size("cp"))
+        self.positions = self.layout.positions(mesh.rank("cp"), samples.context).to(device)
+
+    def step(self, consumed: int) -> Iterator[Batch]:
+        """The micro-steps of the step that begins at sample `consumed`."""
+        per_micro_step = self.batch.sequences // self.batch.micro_steps
+        own = per_micro_step // self.mesh.size("dp")
+        for micro_step in range(self.batch.micro_steps):
+            first = consumed + micro_step * per_micro_step + self.mesh.rank("dp") * own
+            yield self._batch([self.samples[first + i] for i in range(own)])
+
+    def first(self, count: int) -> Iterator[Batch]:
+        """The first `count` samples, one for each dp rank at a time; ranks without one get labels that count nothing."""
+        dp = self.mesh.size("dp")
+        for start in range(0, count, dp):
+            place = start + self.mesh.rank("dp")
+            batch = self._batch([self.samples[min(place, count - 1)]])
+            yield batch if place < count else batch._replace(labels=torch.full_like(batch.labels, IGNORED))
+
+    def _batch(self, samples: list[Tensor]) -> Batch:
+        tokens = torch.stack(samples)
+        ids, labels = (self.layout.shard(t, self.mesh.rank("cp")).to(self.device) for t in (tokens[:, :-1], tokens[:, 1:]))
+        return Batch(ids, labels, self.positions)

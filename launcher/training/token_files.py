@@ -1,0 +1,148 @@
+"""The corpus as token files in megatron-core's IndexedDataset format: made once, read memory-mapped."""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from ...configs.errors import UserError
+from ...configs.schema import Config
+from .corpus import documents
+from .tokenizer import END_OF_DOCUMENT, byte_tokenizer, load_tokenizer, train_bpe
+
+SPLITS = ("train", "validation")
+
+
+def prepare(config: Config) -> None:
+    """Makes the token files and the tokenizer in data.folder unless they are there; written apart and renamed when complete.
+
+    Raises UserError for bad input, and for a folder that was made from other settings.
+    """
+    folder, settings = config.data.folder, _settings(config)
+    if folder.exists():
+        _check_settings(folder, settings)
+        return
+    console = Console(stderr=True, highlight=False)
+    console.print(f"Preparing the corpus in {folder} from {', '.join(config.data.input) or 'the Python standard library'} ...")
+    texts = list(documents(config.data.input, config.data.max_bytes))
+    if not texts:
+        raise UserError("data.input: no text in it")
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        counts = _write(partial, texts, config)
+        (partial / "corpus.json").write_text(json.dumps({"settings": settings, "documents": len(texts), "tokens": counts}, indent=1))
+        os.rename(partial, folder)
+    except OSError as error:
+        raise UserError(f"data.folder {folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    console.print(f"  {len(texts)} documents, {size:.1f} MB of text: {counts['train']:,} tokens, {counts['validation']:,} to validate")
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What the files depend on."""
+    return {
+        "input": config.data.input,
+        "max_bytes": config.data.max_bytes,
+        "validation_fraction": config.data.validation_fraction,
+        "tokenizer": config.data.tokenizer.kind,
+        "vocab_size": config.model.vocab_size if config.data.tokenizer.kind == "bpe" else None,
+    }
+
+
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """A folder of somebody else's token files, which has no corpus.json, is taken as it is."""
+    if not (folder / "corpus.json").exists():
+        return
+    made = json.loads((folder / "corpus.json").read_text())["settings"]
+    for key, value in settings.items():
+        if made.get(key) != value:
+            raise UserError(f"data.folder {folder} was made with {key} = {made.get(key)!r}, now {value!r}: name another data.folder")
+
+
+def _write(folder: Path, texts: list[str], config: Config) -> dict[str, int]:
+    """Tokenizer and both splits -> tokens in each. The end of the text is the validation split: files come in a mixed order."""
+    data = config.data
+    tokenizer = train_bpe(texts, config.model.vocab_size) if data.tokenizer.kind == "bpe" else byte_tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    end = tokenizer.token_to_id(END_OF_DOCUMENT)
+    encoded = [np.array([*encoding.ids, end]) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    total = sum(len(ids) for ids in encoded)
+    counts = {"train": total - round(total * data.validation_fraction)}
+    counts["validation"] = total - counts["train"]
+    for split, count in counts.items():
+        if count <= data.context:
+            raise UserError(
+                f"the {split} split has {count} tokens, fewer than one sample ({data.context} + 1): "
+                "give more text, a smaller data.context or another data.validation_fraction"
+            )
+    border = np.cumsum([0, *map(len, encoded)]) - counts["train"]
+    train = [ids[: max(0, -start)] for ids, start in zip(encoded, border, strict=False) if start < 0]
+    validation = [ids[max(0, -start) :] for ids, start in zip(encoded, border, strict=False) if start + len(ids) > 0]
+    for split, parts in zip(SPLITS, (train, validation), strict=True):
+        _write_split(folder / split, parts, tokenizer.get_vocab_size())
+    return counts
+
+
+def _write_split(prefix: Path, encoded: list[Any], vocab_size: int) -> None:
+    indexed = _indexed_dataset()
+    builder = indexed.IndexedDatasetBuilder(f"{prefix}.bin", dtype=indexed.DType.optimal_dtype(vocab_size))
+    for ids in encoded:
+        builder.add_document(ids, [len(ids)])
+    builder.finalize(f"{prefix}.idx")
+
+
+def _indexed_dataset() -> Any:
+    """megatron-core's module: imported here alone, since that takes seconds and warns of what it does without."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
+
+
+class TokenStream:
+    """The tokens of one split, one document after another, memory-mapped."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        """Raises UserError when a file is missing, truncated or no IndexedDataset."""
+        prefix = folder / split
+        for suffix in (".idx", ".bin"):
+            if not Path(f"{prefix}{suffix}").is_file():
+                raise UserError(f"{prefix}{suffix}: no such file; `baton data prepare` makes it")
+        try:
+            self.data = _indexed_dataset().IndexedDataset(str(prefix))
+        except (AssertionError, ValueError, KeyError) as error:
+            raise UserError(f"{prefix}.idx: no index of megatron-core's IndexedDataset: {error}") from None
+        index = self.data.index
+        self.dtype = index.dtype
+        self.length = int(np.sum(index.sequence_lengths))
+        expected, found = self.length * np.dtype(self.dtype).itemsize, Path(f"{prefix}.bin").stat().st_size
+        if found != expected:
+            raise UserError(f"{prefix}.bin: {found} bytes, its index says {expected}: the file is truncated or another's")
+
+    def read(self, start: int, count: int) -> Any:
+        """Tokens [start, start + count) as a numpy array of int64."""
+        offset = start * np.dtype(self.dtype).itemsize
+        return self.data.bin_reader.read(dtype=self.dtype, count=count, offset=offset).astype(np.int64)
+
+
+def read_tokenizer(config: Config) -> Any:
+    """data.folder's tokenizer. Raises UserError when it has more tokens than the model."""
+    path = config.data.folder / "tokenizer.json"
+    tokenizer = load_tokenizer(path)
+    if tokenizer.get_vocab_size() > config.model.vocab_size:
+        raise UserError(f"{path}: {tokenizer.get_vocab_size()} tokens, more than model.vocab_size, {config.model.vocab_size}")
+    return tokenizer
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Tells one tokenizer from another."""
+    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()

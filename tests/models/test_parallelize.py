@@ -1,0 +1,103 @@
+"""A model on a mesh is the model on one device: loss, logits and every gradient."""
+
+import pytest
+import torch
+from helpers import errors, run_alone, run_sharded, tiny_config
+
+MESHES = {
+    "cp2": (2, ["parallel.cp=2"]),
+    "cp4": (4, ["parallel.cp=4"]),
+    "tp2": (2, ["parallel.tp=2"]),
+    "tp4": (4, ["parallel.tp=4"]),
+    "dp2": (2, ["parallel.cp=1", "parallel.dp=2"]),
+    "tp2-cp2": (4, ["parallel.tp=2", "parallel.cp=2"]),
+    "dp2-cp2": (4, ["parallel.dp=2", "parallel.cp=2"]),
+}
+CASES = [(mesh, layout, 2) for mesh in ("cp2", "cp4", "tp2-cp2", "dp2-cp2") for layout in ("contiguous", "zigzag")]
+CASES += [("tp2", "zigzag", 2), ("tp4", "zigzag", 2), ("dp2", "zigzag", 2)]
+# With one group, tp ranks share B and C and the norm's statistics.
+CASES += [("cp4", "zigzag", 1), ("tp2", "zigzag", 1), ("tp2-cp2", "zigzag", 1), ("tp4", "zigzag", 1)]
+
+
+@pytest.mark.parametrize(("mesh", "layout", "groups"), CASES)
+def test_fp64_is_exact(pool, mesh, layout, groups):
+    world, degrees = MESHES[mesh]
+    model = ["precision=fp64", f"model.mamba2.groups={groups}"]
+    reference = run_alone(tiny_config(model))
+    config = tiny_config([*model, *degrees, f"parallel.layout={layout}"], world)
+    for outcome in pool.run(world, run_sharded, config):
+        found = errors(outcome, reference)
+        worst = max(found, key=found.__getitem__)
+        assert found[worst] <= 1e-10, f"{worst}: {found[worst]}"
+
+
+@pytest.mark.parametrize("mesh", ["cp4", "tp2-cp2"])
+def test_fp32_is_as_good_as_one_device(pool, mesh):
+    """The error against fp64 is at most twice that of one device in fp32, or 1e-5."""
+    world, degrees = MESHES[mesh]
+    reference = run_alone(tiny_config(["precision=fp64"]))
+    alone = errors(run_alone(tiny_config([])), reference)
+    outcome = pool.run(world, run_sharded, tiny_config(degrees, world))[0]
+    for name, error in errors(outcome, reference).items():
+        assert error <= max(2 * alone[name], 1e-5), f"{name}: {error}, one device {alone[name]}"
+
+
+def dtypes_inside_forward(rank, config):
+    """The dtypes that modules meet under the precision policy: parameters by name, and the residual stream."""
+    from baton.models.parallelize import build_sharded_model
+    from baton.parallel.layout import Layout
+    from baton.parallel.mesh import build_mesh
+
+    from helpers import CONTEXT, tokens
+
+    mesh = build_mesh(config.parallel, "cpu")
+    model = build_sharded_model(config, mesh, torch.device("cpu"))
+    seen = {}
+
+    def look(path):
+        def hook(module, args):
+            seen.update({f"{path}.{name}": p.dtype for name, p in module.named_parameters(recurse=False)})
+            seen[path] = next((a.dtype for a in args if isinstance(a, torch.Tensor)), None)
+
+        return hook
+
+    for path, module in model.named_modules():
+        module.register_forward_pre_hook(look(path))
+    positions = Layout(config.parallel.layout, mesh.size("cp")).positions(mesh.rank("cp"), CONTEXT)
+    ids, labels = (t[:, positions] for t in tokens())
+    losses = model(ids, labels, positions)
+    (losses.cross_entropy + losses.auxiliary).backward()
+    seen["loss"] = losses.cross_entropy.dtype
+    seen["gradients"] = {p.grad.dtype for p in model.parameters()}
+    return seen
+
+
+def test_bf16_keeps_what_must_be_fp32(pool):
+    seen = pool.run(2, dtypes_inside_forward, tiny_config(["precision=bf16", "parallel.cp=2"], 2))[0]
+    for name in ("A_log", "D", "dt_bias"):
+        assert seen[f"layers.0.mixer.ssm.{name}"] == torch.float32
+    assert seen["layers.1.feed_forward.router.weight"] == torch.float32
+    assert seen["layers.0.mixer.x_proj.weight"] == torch.bfloat16
+    assert seen["layers.0.mixer.ssm"] == torch.bfloat16
+    assert seen["layers.1.feed_forward.experts"] == torch.bfloat16
+    assert seen["loss"] == torch.float32
+    assert seen["gradients"] == {torch.float32}
+
+
+def build_without_positions(rank, config):
+    from baton.models.parallelize import build_sharded_model
+    from baton.parallel.mesh import build_mesh
+
+    model = build_sharded_model(config, build_mesh(config.parallel, "cpu"), torch.device("cpu"))
+    with pytest.raises(ValueError, match="needs positions"):
+        model(torch.zeros(1, 8, dtype=torch.int64))
+    for layer in model.layers:
+        layer.mixer.sequence_sharded = False
+    from baton.models.parallelize import shard_sequence
+
+    with pytest.raises(ValueError, match="mixer mamba2 has no sharded version"):
+        shard_sequence(model, config.parallel, build_mesh(config.parallel, "cpu"))
+
+
+def test_what_would_be_silently_wrong_is_refused(pool):
+    pool.run(2, build_without_positions, tiny_config(["parallel.cp=2"], 2))

@@ -1,0 +1,83 @@
+"""Convolution, norms, attention and cross entropy against their definitions written out in fp64, with gradients."""
+
+import pytest
+import torch
+from helpers import relative_error
+from torch.nn import functional as F
+
+from baton.kernels.attention import causal_attention
+from baton.kernels.conv import causal_conv
+from baton.kernels.cross_entropy import IGNORED, cross_entropy_sum
+from baton.kernels.norm import gated_group_rms_norm, rms_norm
+
+
+def draw(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True) for shape in shapes]
+
+
+def assert_same(found, reference, operands, tolerance=1e-12):
+    """Values, and gradients for a random weighting."""
+    assert relative_error(found, reference) <= tolerance
+    weights = torch.randn(reference.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for one, other in zip(*(torch.autograd.grad(y, operands, weights) for y in (found, reference)), strict=True):
+        assert relative_error(one, other) <= tolerance
+
+
+def test_conv():
+    x, weight, bias = draw((2, 11, 6), (6, 4), (6,))
+    reference = F.silu(F.conv1d(F.pad(x.transpose(1, 2), (3, 0)), weight[:, None], bias, groups=6).transpose(1, 2))
+    assert_same(causal_conv(x, weight, bias), reference, (x, weight, bias))
+
+
+def test_conv_continues_from_halos():
+    """Two runs that are not neighbours, each after the tokens that were before it."""
+    whole, weight = draw((1, 20, 3), (3, 4))
+    runs = torch.cat([whole[:, 5:9], whole[:, 12:16]], 1)
+    halo = torch.stack([whole[:, 2:5], whole[:, 9:12]], 1)
+    reference = causal_conv(whole, weight)
+    assert_same(causal_conv(runs, weight, halo=halo), torch.cat([reference[:, 5:9], reference[:, 12:16]], 1), (whole, weight))
+
+
+def test_rms_norm():
+    x, weight = draw((2, 5, 8), (8,))
+    reference = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    assert_same(rms_norm(x, weight, 1e-5), reference, (x, weight))
+
+
+def test_gated_group_norm_gates_first():
+    y, z, weight = draw((2, 5, 12), (2, 5, 12), (12,))
+    gated = (y * z * torch.sigmoid(z)).view(2, 5, 3, 4)
+    normed = gated / (gated.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert_same(gated_group_rms_norm(y, z, weight, 4, 1e-5), normed.view(2, 5, 12) * weight, (y, z, weight))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(9, 9), (4, 9)])
+def test_attention(queries, keys):
+    q, k, v = draw((2, queries, 4, 8), (2, keys, 2, 8), (2, keys, 2, 8))
+    scores = torch.einsum("bihe,bjhe->bhij", q, k.repeat_interleave(2, 2)) / 8**0.5
+    seen = torch.arange(keys) <= torch.arange(queries)[:, None] + keys - queries
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    reference = torch.einsum("bhij,bjhe->bihe", weights, v.repeat_interleave(2, 2))
+    assert_same(causal_attention(q, k, v), reference, (q, k, v))
+
+
+def test_cross_entropy_ignores():
+    (logits,) = draw((2, 5, 7))
+    labels = torch.tensor([[1, 2, IGNORED, 0, 6], [IGNORED, 3, 3, 3, 5]])
+    picked = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+    assert_same(cross_entropy_sum(logits, labels), -(picked * (labels >= 0)).sum(), (logits,))
+
+
+def test_bad_operands_are_named():
+    x, weight = torch.zeros(1, 4, 3), torch.zeros(3, 4)
+    with pytest.raises(ValueError, match="causal_conv: weight is"):
+        causal_conv(x, torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="causal_conv: halo is"):
+        causal_conv(x, weight, halo=torch.zeros(1, 3, 3, 3))
+    with pytest.raises(ValueError, match="no whole groups of 2"):
+        gated_group_rms_norm(x, x, torch.zeros(3), 2, 1e-5)
+    with pytest.raises(ValueError, match="k has 3 heads"):
+        causal_attention(torch.zeros(1, 4, 4, 8), *torch.zeros(2, 1, 4, 3, 8))
+    with pytest.raises(ValueError, match="at least q's length"):
+        causal_attention(torch.zeros(1, 4, 4, 8), *torch.zeros(2, 1, 3, 4, 8))

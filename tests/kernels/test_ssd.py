@@ -1,0 +1,135 @@
+"""The chunked SSD scan against the token-by-token recurrence in fp64: values and every gradient."""
+
+import pytest
+import torch
+from helpers import relative_error
+from torch.nn import functional as F
+
+from baton.kernels.ssd import ssd, ssd_sequential
+
+NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
+
+
+def operands(b, l, h, p, g, n, dt_scale=1.0):
+    """fp64 operands by name; dt before softplus, spread so that decays run from almost 1 to almost 0."""
+    draw = torch.Generator().manual_seed(l * 31 + h)
+    normal = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=draw)  # noqa: E731
+    decay = -torch.rand(h, dtype=torch.float64, generator=draw) * 4 - 0.1
+    values = (normal(b, l, h, p), normal(b, l, h) * 2 * dt_scale, decay, normal(b, l, g, n), normal(b, l, g, n))
+    return dict(zip(NAMES, (*values, normal(h), normal(h), normal(b, h, p, n)), strict=True))
+
+
+def fast(t, chunk_size, **options):
+    return ssd(*(t[name] for name in NAMES[:-1]), initial_state=t["initial_state"], return_final_state=True, chunk_size=chunk_size, **options)
+
+
+def oracle(t, dt_limit=(0.0, float("inf")), document_ids=None):
+    dt = F.softplus(t["dt"] + t["dt_bias"]).clamp(*dt_limit)
+    return ssd_sequential(t["x"], dt, t["A"], t["B"], t["C"], t["D"], t["initial_state"], document_ids)
+
+
+def outcome(function, values, *args, **options):
+    """y, the final state, and the gradient of every operand for a loss that weights both at random."""
+    leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
+    y, final = function(leaves, *args, **options)
+    draw = torch.Generator().manual_seed(0)
+    weights = [torch.randn(t.shape, dtype=torch.float64, generator=draw).to(t.dtype) for t in (y, final)]
+    ((y * weights[0]).sum() + (final * weights[1]).sum()).backward()
+    return {"y": y.detach(), "final": final.detach()} | {f"d{name}": leaf.grad for name, leaf in leaves.items()}
+
+
+def assert_close(found, reference, tolerance):
+    for name, value in reference.items():
+        error = relative_error(found[name], value)
+        assert error <= tolerance, f"{name}: {error}"
+
+
+def documents(b, l, share):
+    starts = torch.rand(b, l, generator=torch.Generator().manual_seed(5)) < share
+    return starts.cumsum(1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunk"),
+    [((2, 37, 4, 8, 2, 4), 8), ((1, 64, 6, 4, 3, 16), 16), ((2, 5, 2, 8, 1, 8), 64), ((1, 1, 2, 4, 2, 4), 4), ((1, 9, 2, 4, 1, 4), 1)],
+)
+def test_fp64_is_exact(shape, chunk):
+    values = operands(*shape)
+    assert_close(outcome(fast, values, chunk), outcome(oracle, values), 1e-12)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6, 1.0])
+def test_documents_do_not_leak(share):
+    values, ids = operands(2, 53, 4, 8, 2, 4), documents(2, 53, share)
+    found = outcome(fast, values, 16, document_ids=ids)
+    assert_close(found, outcome(oracle, values, document_ids=ids), 1e-12)
+
+
+def test_a_document_is_what_it_is_alone():
+    values = operands(1, 40, 4, 8, 2, 4)
+    ids = (torch.arange(40) >= 13).long()[None]
+    packed = fast(values, 8, document_ids=ids)[0]
+    alone = {name: t[:, 13:] if name in {"x", "dt", "B", "C"} else t for name, t in values.items()}
+    alone["initial_state"] = torch.zeros_like(values["initial_state"])
+    assert relative_error(packed[:, 13:], fast(alone, 8)[0]) <= 1e-12
+
+
+def test_limits_of_dt():
+    values, limit = operands(2, 37, 4, 8, 2, 4), (0.05, 0.8)
+    assert_close(outcome(fast, values, 8, dt_limit=limit), outcome(oracle, values, dt_limit=limit), 1e-12)
+
+
+def test_state_carries_a_sequence_on():
+    values = operands(1, 50, 4, 8, 2, 4)
+    whole, final = fast(values, 16)
+    first = {name: t[:, :21] if name in {"x", "dt", "B", "C"} else t for name, t in values.items()}
+    second = {name: t[:, 21:] if name in {"x", "dt", "B", "C"} else t for name, t in values.items()}
+    y, state = fast(first, 16)
+    rest, end = fast(second | {"initial_state": state}, 16)
+    assert relative_error(torch.cat([y, rest], 1), whole) <= 1e-12
+    assert relative_error(end, final) <= 1e-12
+
+
+def plain(t, document_ids=None):
+    """The recurrence in the operands' own type: what plain PyTorch gives."""
+    return oracle(t, document_ids=document_ids)
+
+
+@pytest.mark.parametrize("dt_scale", [0.05, 1.0, 20.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_is_as_good_as_plain(dtype, dt_scale):
+    """Error against fp64 at most twice that of the recurrence in the same type, or 1e-5 in fp32."""
+    values = {name: t.to(dtype) for name, t in operands(1, 150, 4, 8, 2, 16, dt_scale).items()}
+    ids = documents(1, 150, 0.02)
+    exact = outcome(oracle, {name: t.double() for name, t in values.items()}, document_ids=ids)
+    found, same_type = outcome(fast, values, 32, document_ids=ids), outcome(plain, values, document_ids=ids)
+    for name, value in exact.items():
+        error, allowed = relative_error(found[name], value), 2 * relative_error(same_type[name], value)
+        assert error <= max(allowed, 1e-5), f"{name}: {error}, plain {allowed / 2}"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 8, 4)}, "x is"),
+        ({"dt": torch.zeros(2, 8, 3)}, "dt is"),
+        ({"B": torch.zeros(2, 8, 3, 4), "C": torch.zeros(2, 8, 3, 4)}, "B has 3 groups"),
+        ({"C": torch.zeros(2, 8, 2, 5)}, "C is"),
+        ({"D": torch.zeros(3)}, "D is"),
+        ({"initial_state": torch.zeros(1, 4, 8, 4)}, "initial_state is"),
+    ],
+)
+def test_bad_operands_are_named(change, message):
+    values = {name: t.float() for name, t in operands(2, 8, 4, 8, 2, 4).items()} | change
+    with pytest.raises(ValueError, match=f"ssd: {message}"):
+        fast(values, 4)
+
+
+def test_bad_options_are_named():
+    values = {name: t.float() for name, t in operands(2, 8, 4, 8, 2, 4).items()}
+    with pytest.raises(ValueError, match="ssd: chunk_size is 0"):
+        fast(values, 0)
+    with pytest.raises(ValueError, match="ssd: dt_limit"):
+        fast(values, 4, dt_limit=(1.0, 0.5))
+    with pytest.raises(ValueError, match="ssd: document_ids is"):
+        fast(values, 4, document_ids=torch.zeros(2, 7))

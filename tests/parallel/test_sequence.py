@@ -1,0 +1,166 @@
+"""State passing, halo, gathered attention, vocabulary shards and norms over ranks, each against one process, in fp64."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import relative_error
+
+from baton.kernels.conv import causal_conv
+from baton.kernels.cross_entropy import cross_entropy_sum
+from baton.kernels.scan import LocalScan
+from baton.parallel.affine_scan import SequenceScan
+from baton.parallel.attention import SequenceAttention
+from baton.parallel.collectives import all_sum
+from baton.parallel.gradients import clip, local_part, total_norm
+from baton.parallel.halo import SequenceHalo
+from baton.parallel.layout import Layout
+from baton.parallel.vocabulary import VocabularyShards
+
+MAPS = 24
+"""Affine maps along the whole sequence: several for each segment of every layout here."""
+
+
+def draw(*shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+
+
+def maps():
+    """log_T from 0 (nothing forgotten) over -1000 (underflows) to -inf (a reset), U, and a gradient of S_in."""
+    U, dS_in, log_T = draw((2, MAPS, 3, 4, 5), (2, MAPS, 3, 4, 5), (2, MAPS, 3))
+    log_T = -log_T.abs()
+    log_T[:, 4], log_T[:, 7, 1], log_T[0, 11], log_T[1, 16] = 0.0, -1000.0, float("-inf"), float("-inf")
+    return log_T, U, dS_in
+
+
+def scan(rank, layout):
+    log_T, U, dS_in = (layout.shard(t, rank) for t in maps())
+    sequence = SequenceScan(layout, dist.group.WORLD)
+    S_in, final = sequence.forward(log_T, U, None)
+    dU, dinitial = sequence.backward(log_T, dS_in, None)
+    with pytest.raises(ValueError, match="initial state over ranks"):
+        sequence.forward(log_T, U, U[:, 0])
+    return S_in, final, dU, dinitial
+
+
+@pytest.mark.parametrize(("kind", "world"), [("contiguous", 2), ("contiguous", 3), ("contiguous", 4), ("zigzag", 2), ("zigzag", 3), ("zigzag", 4)])
+def test_scan(pool, kind, world):
+    layout, (log_T, U, dS_in) = Layout(kind, world), maps()
+    S_in, final = LocalScan().forward(log_T, U, None)
+    dU, dinitial = LocalScan().backward(log_T, dS_in, None)
+    for rank, found in enumerate(pool.run(world, scan, layout)):
+        for one, other in zip(found, (layout.shard(S_in, rank), final, layout.shard(dU, rank), dinitial), strict=True):
+            assert relative_error(one, other) <= 1e-12
+
+
+def test_local_scan_is_its_definition_and_its_adjoint():
+    log_T, U, dS_in = maps()
+    U.requires_grad_()
+    initial, dfinal = (t.requires_grad_() for t in draw((2, 3, 4, 5), (2, 3, 4, 5), seed=1))
+    state, states = initial, []
+    for i in range(MAPS):
+        states.append(state)
+        state = log_T[:, i].exp()[..., None, None] * state + U[:, i]
+    found, final = LocalScan().forward(log_T, U.detach(), initial.detach())
+    assert relative_error(found, torch.stack(states, 1).detach()) <= 1e-12
+    assert relative_error(final, state.detach()) <= 1e-12
+    reference = torch.autograd.grad([torch.stack(states, 1), state], [U, initial], [dS_in, dfinal.detach()])
+    for one, other in zip(LocalScan().backward(log_T, dS_in, dfinal.detach()), reference, strict=True):
+        assert relative_error(one, other) <= 1e-12
+
+
+def halo(rank, layout):
+    x, weight, gradient = draw((2, 24, 3), (3, 4), (2, 24, 3))
+    own = layout.shard(x, rank).requires_grad_()
+    tails = own.unflatten(1, (layout.segments_per_rank, -1))[:, :, -3:]
+    y = causal_conv(own, weight, halo=SequenceHalo(layout, dist.group.WORLD).exchange(tails))
+    y.backward(layout.shard(gradient, rank))
+    return y.detach(), own.grad
+
+
+@pytest.mark.parametrize(("kind", "world"), [("contiguous", 4), ("zigzag", 2), ("zigzag", 4)])
+def test_halo(pool, kind, world):
+    layout, (x, weight, gradient) = Layout(kind, world), draw((2, 24, 3), (3, 4), (2, 24, 3))
+    y = causal_conv(x.requires_grad_(), weight)
+    y.backward(gradient)
+    for rank, (found, dx) in enumerate(pool.run(world, halo, layout)):
+        assert relative_error(found, layout.shard(y.detach(), rank)) <= 1e-12
+        assert relative_error(dx, layout.shard(x.grad, rank)) <= 1e-12
+
+
+def attention(rank, layout):
+    q, k, v, gradient = (layout.shard(t, rank).requires_grad_() for t in draw((1, 24, 4, 8), (1, 24, 2, 8), (1, 24, 2, 8), (1, 24, 4, 8)))
+    y = SequenceAttention(layout, dist.group.WORLD)(q, k, v)
+    y.backward(gradient.detach())
+    return [t.detach() for t in (y, q.grad, k.grad, v.grad)]
+
+
+@pytest.mark.parametrize(("kind", "world"), [("contiguous", 3), ("zigzag", 4)])
+def test_attention(pool, kind, world):
+    from baton.kernels.attention import causal_attention
+
+    layout = Layout(kind, world)
+    q, k, v, gradient = (t.requires_grad_() for t in draw((1, 24, 4, 8), (1, 24, 2, 8), (1, 24, 2, 8), (1, 24, 4, 8)))
+    y = causal_attention(q, k, v)
+    y.backward(gradient.detach())
+    for rank, found in enumerate(pool.run(world, attention, layout)):
+        for one, other in zip(found, (y.detach(), q.grad, k.grad, v.grad), strict=True):
+            assert relative_error(one, layout.shard(other, rank)) <= 1e-12
+
+
+def vocabulary(rank, world):
+    shards = VocabularyShards(dist.group.WORLD)
+    rows, x = draw((12, 6), (2, 5, 6))
+    own = rows.chunk(world)[rank].clone().requires_grad_()
+    labels = torch.tensor([[1, 11, -100, 0, 6], [7, 3, -100, 3, 5]])
+    embedded = shards.embed(labels.clamp(min=0), own)
+    loss = shards.cross_entropy_sum(x @ own.T, labels)
+    (loss + (embedded * x).sum()).backward()
+    return embedded.detach(), loss.detach(), shards.whole(x @ own.detach().T), own.grad
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_vocabulary_shards(pool, world):
+    rows, x = draw((12, 6), (2, 5, 6))
+    rows.requires_grad_()
+    labels = torch.tensor([[1, 11, -100, 0, 6], [7, 3, -100, 3, 5]])
+    embedded, loss = rows[labels.clamp(min=0)], cross_entropy_sum(x @ rows.T, labels)
+    (loss + (embedded * x).sum()).backward()
+    for rank, found in enumerate(pool.run(world, vocabulary, world)):
+        reference = (embedded.detach(), loss.detach(), x @ rows.detach().T, rows.grad.chunk(world)[rank])
+        for one, other in zip(found, reference, strict=True):
+            assert relative_error(one, other) <= 1e-12
+
+
+def summed_parts(rank):
+    part = torch.full((2,), float(rank + 1), dtype=torch.float64, requires_grad=True)
+    total = all_sum(part, dist.group.WORLD)
+    (total * (rank + 1)).sum().backward()
+    return total.detach(), part.grad
+
+
+def test_all_sum_sums_gradients_too(pool):
+    for total, gradient in pool.run(3, summed_parts):
+        assert total.tolist() == [6.0, 6.0]
+        assert gradient.tolist() == [6.0, 6.0]
+
+
+def norms(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    first, second = draw((5, 4), (3,))
+    gradients = [distribute_tensor(first, mesh, [Shard(0), Shard(1)]), distribute_tensor(second, mesh, [Replicate(), Shard(0)])]
+    norm = total_norm(gradients)
+    clip(gradients, norm, 0.5)
+    return float(norm), [g.full_tensor() for g in gradients], [local_part(g).shape for g in gradients]
+
+
+def test_norm_and_clipping_over_a_mesh(pool):
+    first, second = draw((5, 4), (3,))
+    norm = torch.cat([first.flatten(), second]).norm()
+    for found, clipped, _ in pool.run(4, norms):
+        assert abs(found / float(norm) - 1) <= 1e-12
+        for one, other in zip(clipped, (first, second), strict=True):
+            assert relative_error(one, other * 0.5 / (norm + 1e-6)) <= 1e-12

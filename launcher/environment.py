@@ -1,5 +1,6 @@
 """The process around a command: devices, process group, worker processes, and how errors leave them."""
 
+import logging
 import os
 import sys
 import uuid
@@ -82,6 +83,8 @@ def launch(arguments: Sequence[str], processes: int) -> None:
     When one fails the others are ended. Raises UserError with the message of the first that failed.
     """
     _set_worker_variables(processes)
+    # The agent reports a failure at length; what it found is raised here in one line.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     settings = LaunchConfig(
         run_id=uuid.uuid4().hex,
         min_nodes=1,

@@ -22,13 +22,13 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if under_torchrun():
+        worker = under_torchrun()
+        if worker:
             _tell_agent(error)
-        if AGENT not in os.environ and os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        if not worker or (AGENT not in os.environ and os.environ["RANK"] == "0"):
+            print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
         # Not sys.exit: a failed rank must not wait in the library's exit handlers for those that hang in a collective.
-        sys.stderr.flush()
-        os._exit(1) if under_torchrun() else sys.exit(1)
+        os._exit(1) if worker else sys.exit(1)
 
 
 def _tell_agent(error: UserError) -> None:

@@ -108,3 +108,24 @@ def errors(found: Outcome, reference: Outcome) -> dict[str, float]:
     assert found.gradients.keys() == reference.gradients.keys()
     gradients = {name: relative_error(found.gradients[name], g) for name, g in reference.gradients.items()}
     return {"loss": relative_error(found.loss, reference.loss), "logits": relative_error(found.logits, reference.logits), **gradients}
+
+
+SMALL_RUN = [
+    "model.vocab_size=288",
+    "model.initializer_range=0.1",
+    "data.tokenizer.kind=byte",
+    "data.context=64",
+    "data.validation_fraction=0.1",
+    "batch={sequences: 2, micro_steps: 1}",
+    "schedule={steps: 6, warmup: 2}",
+    "checkpoint={every: 2, keep: 2}",
+    "evaluation={every: 3, sequences: 3}",
+    "logging.sample_tokens=4",
+]
+"""Overrides of the tiny hybrid with which training takes a moment."""
+
+
+def small_run(tmp_path: Path, overrides: list[str], text: Path | None, world: int = 1, name: str = "run") -> Config:
+    """A config whose run and data folders lie in tmp_path."""
+    paths = [f"run={tmp_path / name}", f"data.folder={tmp_path / 'data'}", f"data.input=[{text}]" if text else "data.input=[]"]
+    return load_config("quickstart", [*TINY, *SMALL_RUN, *paths, *overrides], world)

@@ -11,6 +11,8 @@ from ...configs.errors import UserError
 
 SUFFIXES = {".py", ".txt", ".md", ".rst", ".jsonl"}
 """What is read in a folder, also with .gz behind it. A file that is named itself is read whatever its suffix."""
+NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "encodings"}
+"""What in the standard library's folder is other packages, or tables of characters rather than text."""
 TEXT_KEY = "text"
 """Of a .jsonl line."""
 
@@ -43,7 +45,7 @@ def standard_library() -> Path:
 
 def _is_text(path: Path, folder: Path) -> bool:
     parts = path.relative_to(folder).parts
-    skipped = folder == standard_library() and {"site-packages", "dist-packages", "test", "tests", "__pycache__"} & set(parts)
+    skipped = folder == standard_library() and NOT_THE_LIBRARY & set(parts)
     suffixes = path.suffixes[-2:-1] if path.suffix == ".gz" else path.suffixes[-1:]
     return not skipped and bool(SUFFIXES & set(suffixes)) and path.is_file()
 

@@ -1,0 +1,129 @@
+"""The training loop on real ranks: resumes bit-exactly, gives the same losses on every mesh, stops well when it must."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import small_run
+
+from baton.configs.errors import UserError
+from baton.configs.schema import OptimizerConfig, ScheduleConfig
+from baton.launcher.environment import Environment
+from baton.launcher.training.checkpoint import read_manifest
+from baton.launcher.training.loop import run_training
+from baton.launcher.training.metrics import read_metrics
+from baton.launcher.training.optimizer import build_optimizer, learning_rate
+from baton.launcher.training.run_folder import checkpoints
+from baton.models.hybrid import build_model
+
+
+def train(rank, config, resume=False, stop_at=None):
+    """The UserError's message on this rank, if there is one."""
+    try:
+        run_training(config, Environment(rank, dist.get_world_size(), torch.device("cpu")), resume, stop_at)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{i} squared is {i * i}; " for i in range(700)))
+    return path
+
+
+def losses(config):
+    return {line["step"]: (line["loss"], line["grad_norm"]) for line in read_metrics(config.run) if "loss" in line}
+
+
+@pytest.mark.parametrize("degree", ["cp", "tp"])
+def test_a_resumed_run_is_bit_identical(pool, tmp_path, text, degree):
+    options = [f"parallel.{degree}=2"]
+    straight, stopped = (small_run(tmp_path, options, text, 2, name) for name in ("straight", "stopped"))
+    assert pool.run(2, train, straight) == [None, None]
+    assert pool.run(2, train, stopped, False, 3) == [None, None]
+    assert max(losses(stopped)) == 3
+    assert pool.run(2, train, stopped, True) == [None, None]
+    assert losses(stopped) == losses(straight)
+    assert len(losses(straight)) == 6
+
+
+@pytest.mark.parametrize("options", [["parallel.cp=4"], ["parallel.cp=2", "parallel.tp=2"], ["parallel.cp=2", "parallel.dp=2"]], ids=str)
+def test_every_mesh_learns_the_same(pool, tmp_path, text, options):
+    """Six AdamW steps in fp64 with two micro-steps of two sequences; the loss falls, and no mesh changes it."""
+    common = ["precision=fp64", "batch={sequences: 4, micro_steps: 2}", "optimizer.lr=1e-2"]
+    alone = small_run(tmp_path, common, text, 1, "alone")
+    mesh = small_run(tmp_path, [*common, *options], text, 4, "mesh")
+    assert pool.run(1, train, alone) == [None]
+    assert pool.run(4, train, mesh) == [None] * 4
+    reference, found = losses(alone), losses(mesh)
+    assert reference[6][0] < reference[1][0] - 0.3
+    for step, values in reference.items():
+        assert found[step] == pytest.approx(values, rel=1e-9)
+
+
+def test_what_a_run_leaves(pool, tmp_path, text):
+    config = small_run(tmp_path, [], text)
+    pool.run(1, train, config)
+    assert [path.name for path in checkpoints(config.run)] == ["step-00000004", "step-00000006"]
+    assert {"config.yaml", "metrics.jsonl", "loss.png", "tensorboard", "checkpoints"} == {p.name for p in config.run.iterdir()}
+    assert [line["step"] for line in read_metrics(config.run) if "validation_loss" in line] == [0, 3, 6]
+    newest = checkpoints(config.run)[-1]
+    assert {"config.yaml", "tokenizer.json", "manifest.json", ".metadata"} <= {path.name for path in newest.iterdir()}
+    assert read_manifest(newest)["consumed"] == 12
+    assert "--resume to go on with it" in pool.run(1, train, config)[0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(pool, tmp_path, text):
+    """A learning rate that blows the weights up: the state from before the bad step is saved and can be loaded."""
+    config = small_run(tmp_path, ["optimizer.lr=1e30", "parallel.cp=2", "checkpoint.every=100"], text, 2)
+    messages = pool.run(2, train, config)
+    assert messages[0] == messages[1]
+    step = max(losses(config)) + 1
+    assert messages[0].startswith(f"step {step}: the loss is nan: not finite first in the output of layers.")
+    assert [path.name for path in checkpoints(config.run)] == [f"step-{step - 1:08d}"]
+    assert read_manifest(checkpoints(config.run)[0])["step"] == step - 1
+    assert all(math.isfinite(loss) for loss, _ in losses(config).values())
+
+
+def test_checkpoints_that_cannot_be_used_say_why(pool, tmp_path, text):
+    config = small_run(tmp_path, [], text)
+    pool.run(1, train, config)
+    other = small_run(tmp_path, ["model.mamba2.state_dim=16"], text)
+    assert pool.run(1, train, other, True)[0].endswith("its model.mamba2.state_dim is 8, the config's 16")
+    newest = checkpoints(config.run)[-1]
+    shards = next(newest.glob("*.distcp"))
+    shards.write_bytes(shards.read_bytes()[:-100])
+    message = pool.run(1, train, config, True)[0]
+    assert f"{newest} is truncated: {shards.name} has" in message
+    assert f"remove {newest} to resume from step-00000004" in message
+    (newest / "manifest.json").unlink()
+    assert "manifest.json is missing" in pool.run(1, train, config, True)[0]
+    shutil.rmtree(newest)
+    tokenizer = config.data.folder / "tokenizer.json"
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | {"truncation": None}, indent=7))
+    assert "another tokenizer" in pool.run(1, train, config, True)[0]
+
+
+def test_vectors_are_not_decayed():
+    config = small_run(__import__("pathlib").Path("/nowhere"), [], None)
+    model = build_model(config.model, 0)
+    decayed, kept = (group["params"] for group in build_optimizer(model, OptimizerConfig(weight_decay=0.3)).param_groups)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)].rsplit(".", 1)[-1] for p in kept} == {"A_log", "D", "dt_bias", "x_bias", "bc_bias", "weight"}
+    assert all("norm" in names[id(p)] for p in kept if names[id(p)].endswith("weight"))
+    assert len(decayed) + len(kept) == len(names)
+
+
+def test_learning_rate():
+    schedule = ScheduleConfig(steps=11, warmup=2, decay="linear", final=0.2)
+    rates = [learning_rate(step, 1.0, schedule) for step in range(11)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[6] == pytest.approx(0.6)
+    assert rates[10] == pytest.approx(0.2)
+    assert learning_rate(10, 1.0, schedule.model_copy(update={"decay": "cosine"})) == pytest.approx(0.2)
+    assert learning_rate(10, 1.0, schedule.model_copy(update={"decay": "constant"})) == 1.0

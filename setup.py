@@ -35,6 +35,8 @@ setup(
         "tokenizers>=0.20",
         "numpy>=1.26",
     ],
-    extras_require={"dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.12", "mypy>=1.11", "types-PyYAML", "setuptools>=70", "wheel"]},
+    extras_require={
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.12", "mypy>=1.11", "types-PyYAML", "setuptools>=70", "wheel"]
+    },
     entry_points={"console_scripts": ["baton = baton.launcher.cli:main"]},
 )

@@ -1,4 +1,4 @@
-"""Reads a YAML file and dotted overrides into a `Config`; every error is one line that names file, line, key and what is allowed."""
+"""Reads a YAML file and dotted overrides into a `Config`; every error is one line: file, line, key, and what is allowed."""
 
 from pathlib import Path
 from typing import Any

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -126,6 +126,16 @@ class ModelConfig(Section):
         return self
 
 
+class Degrees(NamedTuple):
+    """Ranks along each axis of a mesh."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+    ep: int
+
+
 class ParallelConfig(Section):
     """Degrees of the mesh, and how the sequence lies on it."""
 
@@ -140,17 +150,18 @@ class ParallelConfig(Section):
     layout: Literal["contiguous", "zigzag"] = "contiguous"
     """Which parts of the sequence a cp rank holds; zigzag balances causal attention."""
 
-    def resolved(self, world: int) -> "ParallelConfig":
-        """The same with numbers for `auto`, on `world` ranks. Raises KeyedError when the degrees do not multiply to it."""
-        fixed = [(name, getattr(self, name)) for name in ("tp", "cp", "dp") if getattr(self, name) != "auto"]
-        product = math.prod(degree for _, degree in fixed)
-        open_axis = "cp" if self.cp == "auto" else "dp" if self.dp == "auto" else None
-        if world % product or (open_axis is None and product != world):
-            named = " * ".join(f"{name} {degree}" for name, degree in fixed)
-            allowed = f"a multiple of {product} ranks" if open_axis else f"{product} ranks, or parallel.dp=auto"
-            raise KeyedError(fixed[-1][0], f"gives {named} = {product} on {world} ranks; allowed: {allowed}")
-        values = dict(fixed) | ({open_axis: world // product} if open_axis else {})
-        return self.model_copy(update={"dp": 1, **values})
+    def degrees(self, world: int) -> "Degrees":
+        """Numbers for `auto`, on `world` ranks. Raises KeyedError when the degrees do not multiply to it."""
+        given = {"tp": self.tp, "cp": self.cp, "dp": self.dp}
+        fixed = {name: degree for name, degree in given.items() if degree != "auto"}
+        product = math.prod(fixed.values())
+        left = next((name for name in ("cp", "dp") if name not in fixed), None)
+        if world % product or (left is None and product != world):
+            named = " * ".join(f"{name} {degree}" for name, degree in fixed.items())
+            allowed = f"a multiple of {product} ranks" if left else f"{product} ranks, or parallel.dp=auto"
+            raise KeyedError(list(fixed)[-1], f"gives {named} = {product} on {world} ranks; allowed: {allowed}")
+        values = {"dp": 1} | fixed | ({left: world // product} if left else {})
+        return Degrees(**values, pp=self.pp, ep=self.ep)
 
     @property
     def segments(self) -> int:
@@ -260,6 +271,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
+        self._check_parts()
+        return self
+
+    def _check_parts(self) -> None:
         check_tensor_degree(self.model, self.parallel.tp)
         check_context(self.model, self.parallel, self.data.context)
         if self.data.tokenizer.kind == "byte" and self.model.vocab_size < 257:
@@ -272,7 +287,6 @@ class Config(Section):
         tokens = per_micro_step * self.data.context
         if any(layer.feed_forward == "moe" for layer in self.model.layers) and self.model.moe.experts > tokens:
             raise KeyedError("model.moe.experts", f"is {self.model.moe.experts}, more than a micro-step's {tokens} tokens")
-        return self
 
     def to_yaml(self) -> str:
         """A file from which `load_config` reads the same."""
@@ -281,15 +295,18 @@ class Config(Section):
     def resolved(self, world: int) -> Self:
         """The same on `world` ranks, with numbers for `auto`. Raises KeyedError where the degrees do not fit."""
         try:
-            parallel = self.parallel.resolved(world)
+            degrees = self.parallel.degrees(world)
         except KeyedError as error:
             raise KeyedError(f"parallel.{error.key}", str(error)) from None
-        return type(self)._parts_fit(self.model_copy(update={"parallel": parallel}))
+        config = self.model_copy(update={"parallel": self.parallel.model_copy(update=degrees._asdict())})
+        config._check_parts()
+        return config
 
 
 def check_tensor_degree(model: ModelConfig, tp: int) -> None:
     """Raises KeyedError where tp cuts something that does not divide, with the degrees that would work."""
-    mixers, feed_forwards = ({layer[i] for layer in model.layers} for i in (0, 1))
+    mixers = {layer.mixer for layer in model.layers}
+    feed_forwards = {layer.feed_forward for layer in model.layers}
     sizes = {"model.vocab_size": model.vocab_size}
     shared = {}
     if "mamba2" in mixers:
@@ -324,13 +341,12 @@ def check_context(model: ModelConfig, parallel: ParallelConfig, context: int) ->
         raise KeyedError(
             "parallel.cp",
             f"is {parallel.cp}, whose {segments} {parallel.layout} segments do not divide data.context ({context}); "
-            f"data.context={nearest} would, or cp of {_divisors(context, segments // parallel.cp)}",
+            f"data.context={nearest} would, or cp of {_divisors(context, 2 if parallel.layout == 'zigzag' else 1)}",
         )
     reach = model.mamba2.conv_width - 1
     if segments > 1 and any(layer.mixer == "mamba2" for layer in model.layers) and context // segments < reach:
-        raise KeyedError(
-            "parallel.cp", f"is {parallel.cp}: a segment of {context // segments} tokens is shorter than the conv's reach, {reach}"
-        )
+        length = context // segments
+        raise KeyedError("parallel.cp", f"is {parallel.cp}: a segment of {length} tokens is shorter than the conv's reach, {reach}")
 
 
 def _divisors(number: int, factor: int) -> str:

@@ -106,7 +106,7 @@ def _message(rank: int, failure: ProcessFailure) -> str:
     """A worker's UserError as it was; of anything else the rank and what is known (its traceback is above)."""
     message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
     kind, _, text = str(message).partition(": ")
-    if kind in {error.__name__ for error in (UserError, *UserError.__subclasses__())}:
+    if kind == UserError.__name__:
         return text
     return f"rank {rank} ended with {failure.signal_name() if failure.exitcode < 0 else failure.exitcode}: {message}"
 

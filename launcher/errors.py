@@ -36,4 +36,4 @@ def _tell_agent(error: UserError) -> None:
 
     handler = get_error_handler()
     handler.initialize()
-    handler.record_exception(error)
+    handler.record_exception(UserError(str(error)))

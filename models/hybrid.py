@@ -69,7 +69,7 @@ class HybridModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Layer(config, kinds) for kinds in config.layers)
+        self.layers: list[Layer] = nn.ModuleList(Layer(config, kinds) for kinds in config.layers)  # type: ignore[assignment]
         self.head = Head(config)
 
     def forward(self, ids: Tensor, labels: Tensor | None = None, positions: Tensor | None = None) -> Tensor | Losses:

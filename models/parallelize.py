@@ -150,7 +150,7 @@ def _read_locally(module: nn.Module, name: str, read: Callable[[DTensor], Tensor
     """While the module's forward runs, `module.name` is this rank's plain tensor: an attribute that hides the parameter."""
 
     def before(module: nn.Module, args: Any) -> None:
-        module.__dict__[name] = read(module._parameters[name])
+        module.__dict__[name] = read(getattr(module, name))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         module.__dict__.pop(name, None)

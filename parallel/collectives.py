@@ -1,9 +1,9 @@
 """Collectives with their gradients, for tensors that mean different things on the ranks of a group.
 
-    copy_to       the same value everywhere, used differently by each rank    forward nothing   backward all-reduce
-    reduce_from   each rank has a part of a sum that all use alike            forward all-reduce  backward nothing
-    all_sum       a sum of parts that each rank uses differently              forward all-reduce  backward all-reduce
-    all_gather    every rank's tensor, which each rank uses differently      forward all-gather  backward reduce-scatter
+copy_to       the same value everywhere, used differently by each rank    forward nothing   backward all-reduce
+reduce_from   each rank has a part of a sum that all use alike            forward all-reduce  backward nothing
+all_sum       a sum of parts that each rank uses differently              forward all-reduce  backward all-reduce
+all_gather    every rank's tensor, which each rank uses differently      forward all-gather  backward reduce-scatter
 """
 
 from typing import Any

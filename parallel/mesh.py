@@ -50,6 +50,6 @@ class Mesh:
 
 def build_mesh(parallel: ParallelConfig, device_type: str) -> Mesh:
     """Lays the default process group out as `parallel` says. Raises ValueError when the degrees do not multiply to it."""
-    sizes = parallel.resolved(dist.get_world_size())
+    sizes = parallel.degrees(dist.get_world_size())
     dense = init_device_mesh(device_type, (sizes.pp, sizes.dp, sizes.cp, sizes.tp), mesh_dim_names=AXES)
     return Mesh(dense, dense["dp", "cp"]._flatten("dp_cp"))

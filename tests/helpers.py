@@ -107,7 +107,11 @@ def errors(found: Outcome, reference: Outcome) -> dict[str, float]:
     """Of the loss, the logits and every gradient."""
     assert found.gradients.keys() == reference.gradients.keys()
     gradients = {name: relative_error(found.gradients[name], g) for name, g in reference.gradients.items()}
-    return {"loss": relative_error(found.loss, reference.loss), "logits": relative_error(found.logits, reference.logits), **gradients}
+    return {
+        "loss": relative_error(found.loss, reference.loss),
+        "logits": relative_error(found.logits, reference.logits),
+        **gradients,
+    }
 
 
 SMALL_RUN = [

@@ -14,7 +14,7 @@ TIMEOUT = 120.0
 
 
 class WorkerPool:
-    """Runs a function on the ranks of a gloo group, worlds up to `size`. A failure ends all workers; the next run starts new ones."""
+    """Runs a function on the ranks of a gloo group, worlds up to `size`. A failure ends all workers; the next run starts anew."""
 
     def __init__(self, size: int = 4) -> None:
         self.size = size
@@ -23,7 +23,7 @@ class WorkerPool:
         self.results: Any = None
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
-        """`function(rank, *args)` on each rank -> results by rank. Raises RuntimeError with the traceback of the first that failed."""
+        """`function(rank, *args)` on each rank -> results by rank. Raises RuntimeError with the first traceback."""
         if not self.workers:
             self._start()
         with tempfile.TemporaryDirectory() as folder:

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+
 from pool import WorkerPool
 
 
@@ -46,7 +47,11 @@ def own_pool():
 
 @pytest.mark.parametrize(
     ("function", "timeout", "message"),
-    [(fail_on_one_rank, 60, "rank one has had enough"), (die_on_one_rank, 60, "rank 1 died|Connection"), (hang, 1, "no answer within 1 s")],
+    [
+        (fail_on_one_rank, 60, "rank one has had enough"),
+        (die_on_one_rank, 60, "rank 1 died|Connection"),
+        (hang, 1, "no answer within 1 s"),
+    ],
 )
 def test_a_failure_ends_all_workers(own_pool, function, timeout, message):
     processes = own_pool.run(2, my_process)

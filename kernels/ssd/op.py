@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..scan import LocalScan, Scan
-from .reference import chunk_main_grads, chunk_maps, chunk_outputs, chunk_state_grads, make_chunks, unchunk
+from .reference import chunk_main_grads, chunk_maps, chunk_outputs, chunk_state_grads, make_chunks, pad_and_chunk, unchunk
 
 NO_LIMIT = (0.0, float("inf"))
 
@@ -93,9 +93,8 @@ class SSD(torch.autograd.Function):
         x, dt, A, B, C, D, dt_bias, initial_state, resets, log_T, S_in = ctx.saved_tensors
         dt_limit, chunk_size, scan = ctx.settings
         b = x.shape[0]
-        cut = lambda t: make_chunks(t, positive, A, B, C, resets, scan.segments, chunk_size)  # noqa: E731
-        positive = _positive(dt, dt_bias, dt_limit)
-        chunks, dy = cut(x), cut(torch.zeros_like(x) if dy is None else dy).x
+        chunks = make_chunks(x, _positive(dt, dt_bias, dt_limit), A, B, C, resets, scan.segments, chunk_size)
+        dy = pad_and_chunk(torch.zeros_like(x) if dy is None else dy, scan.segments, chunk_size)
         dU, dinitial = scan.backward(log_T, chunk_state_grads(chunks, dy).unflatten(0, (b, -1)), dfinal)
         grads = chunk_main_grads(chunks, dy, D, S_in.flatten(0, 1), dU.flatten(0, 1))
         dx, dB, dC = (unchunk(g, t.shape, scan.segments) for g, t in ((grads.dx, x), (grads.dB, B), (grads.dC, C)))

@@ -17,7 +17,9 @@ def with_input(overrides: list[str], input: list[str]) -> list[str]:
 def train(
     config: str = CONFIG,
     overrides: list[str] = OVERRIDES,
-    nproc: str = typer.Option("auto", help="Worker processes to start here; auto: the GPUs, or 2 without any. Ignored under torchrun."),
+    nproc: str = typer.Option(
+        "auto", help="Worker processes to start here; auto: the GPUs, or 2 without any. Ignored under torchrun."
+    ),
     resume: bool = typer.Option(False, "--resume", help="Go on from the newest checkpoint in the run's folder, if there is one."),
     stop_at: int | None = typer.Option(None, min=1, help="Stop after this step with a checkpoint; the schedule stays as it is."),
     input: list[str] = INPUT,

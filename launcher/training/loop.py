@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from ...configs.errors import UserError
 from ...configs.schema import Config
@@ -126,36 +125,40 @@ class Trainer:
         return tensor
 
     def _stop_not_finite(self, loss: float, batches: list[Batch]) -> None:
-        """Saves the state from before the step, which is still whole, and says where the first bad value arises."""
-        where = f"the output of {first}" if (first := self._first_bad_output(batches)) else self._first_bad_gradient()
+        """Saves the state from before the step, unless it is damaged itself, and says where the first bad value arises."""
+        where = self._first_bad_output(batches) or self._first_bad_gradient()
         self.optimizer.zero_grad()
-        if all(bool(torch.isfinite(local_part(p)).all()) for p in self.model.parameters()):
-            folder = checkpoint_folder(self.config.run, self.done)
-            good = folder if folder.exists() else self.save()
-        else:
-            good = checkpoints(self.config.run)[-1] if checkpoints(self.config.run) else None
-        raise UserError(f"step {self.done + 1}: the loss is {loss}: not finite first in {where}; the state before: {good}")
+        if not any(self._anywhere([_not_finite(self.model.parameters())])):
+            self.save()
+        good = checkpoints(self.config.run)
+        kept = f"{good[-1]} has the state before" if good else "no checkpoint was written before"
+        raise UserError(f"step {self.done + 1}: the loss is {loss}: not finite first in {where}; {kept}")
 
     @torch.no_grad()
     def _first_bad_output(self, batches: list[Batch]) -> str | None:
         """The first part, in order of the forward, whose output is not finite on some rank."""
         names = [name for name, _ in _named_parts(self.model)]
-        bad = torch.zeros(len(names), device=self.environment.device)
-        with _watching(self.model, bad):
+        with _watching(self.model) as bad:
             for batch in batches:
                 self.model(batch.ids, batch.labels, batch.positions)
-        return self._first(names, bad)
+        flags = self._anywhere([name in bad for name in names])
+        return next((f"the output of {name}" for name, flag in zip(names, flags, strict=True) if flag), None)
 
     def _first_bad_gradient(self) -> str:
         """The parameter group, in order of the backward, whose gradient is not finite on some rank."""
         parts = list(_named_parts(self.model))[::-1]
-        flags = [any(p.grad is not None and not bool(local_part(p.grad).isfinite().all()) for p in m.parameters()) for _, m in parts]
-        bad = torch.tensor(flags, dtype=torch.float32, device=self.environment.device)
-        return f"the gradients of {self._first([name for name, _ in parts], bad)}"
+        flags = self._anywhere([_not_finite(p.grad for p in module.parameters()) for _, module in parts])
+        return next(f"the gradients of {name}" for (name, _), flag in zip(parts, flags, strict=True) if flag)
 
-    def _first(self, names: list[str], bad: Tensor) -> str | None:
-        dist.all_reduce(bad, dist.ReduceOp.MAX)
-        return next((name for name, flag in zip(names, bad.tolist(), strict=True) if flag), None)
+    def _anywhere(self, flags: list[bool]) -> list[bool]:
+        """Which of the flags are set on some rank."""
+        set_ = torch.tensor(flags, dtype=torch.float32, device=self.environment.device)
+        dist.all_reduce(set_, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in set_.tolist()]
+
+
+def _not_finite(tensors: Iterable[Tensor | None]) -> bool:
+    return any(not bool(local_part(tensor).isfinite().all()) for tensor in tensors if tensor is not None)
 
 
 def _named_parts(model: HybridModel) -> Iterator[tuple[str, nn.Module]]:
@@ -169,19 +172,20 @@ def _named_parts(model: HybridModel) -> Iterator[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def _watching(model: HybridModel, bad: Tensor) -> Iterator[None]:
-    """Marks in `bad` the parts whose output is not finite."""
+def _watching(model: HybridModel) -> Iterator[set[str]]:
+    """Collects the names of the parts whose output is not finite."""
+    bad: set[str] = set()
 
-    def watch(place: int) -> Any:
+    def watch(name: str) -> Any:
         def look(module: nn.Module, args: Any, output: Any) -> None:
-            tensors = output if isinstance(output, tuple) else (output,)
-            bad[place] += any(not bool(torch.isfinite(t).all()) for t in tensors)
+            if _not_finite(output if isinstance(output, tuple) else (output,)):
+                bad.add(name)
 
         return look
 
-    handles = [module.register_forward_hook(watch(i)) for i, (_, module) in enumerate(_named_parts(model))]
+    handles = [module.register_forward_hook(watch(name)) for name, module in _named_parts(model)]
     try:
-        yield
+        yield bad
     finally:
         for handle in handles:
             handle.remove()

@@ -37,14 +37,18 @@ def prepare(config: Config) -> None:
     try:
         partial.mkdir(parents=True)
         counts = _write(partial, texts, config)
-        (partial / "corpus.json").write_text(json.dumps({"settings": settings, "documents": len(texts), "tokens": counts}, indent=1))
+        (partial / "corpus.json").write_text(
+            json.dumps({"settings": settings, "documents": len(texts), "tokens": counts}, indent=1)
+        )
         os.rename(partial, folder)
     except OSError as error:
         raise UserError(f"data.folder {folder}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     size = sum(len(text.encode()) for text in texts) / 1e6
-    console.print(f"  {len(texts)} documents, {size:.1f} MB of text: {counts['train']:,} tokens, {counts['validation']:,} to validate")
+    console.print(
+        f"  {len(texts)} documents, {size:.1f} MB of text: {counts['train']:,} tokens, {counts['validation']:,} to validate"
+    )
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -65,7 +69,9 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     made = json.loads((folder / "corpus.json").read_text())["settings"]
     for key, value in settings.items():
         if made.get(key) != value:
-            raise UserError(f"data.folder {folder} was made with {key} = {made.get(key)!r}, now {value!r}: name another data.folder")
+            raise UserError(
+                f"data.folder {folder} was made with {key} = {made.get(key)!r}, now {value!r}: name another data.folder"
+            )
 
 
 def _write(folder: Path, texts: list[str], config: Config) -> dict[str, int]:

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers import relative_error
 from torch.nn import functional as F
 
 from baton.kernels.attention import causal_attention
 from baton.kernels.conv import causal_conv
 from baton.kernels.cross_entropy import IGNORED, cross_entropy_sum
 from baton.kernels.norm import gated_group_rms_norm, rms_norm
+from helpers import relative_error
 
 
 def draw(*shapes):

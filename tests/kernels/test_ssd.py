@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import relative_error
 from torch.nn import functional as F
 
 from baton.kernels.ssd import ssd, ssd_sequential
+from helpers import relative_error
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
 
@@ -20,7 +20,13 @@ def operands(b, l, h, p, g, n, dt_scale=1.0):
 
 
 def fast(t, chunk_size, **options):
-    return ssd(*(t[name] for name in NAMES[:-1]), initial_state=t["initial_state"], return_final_state=True, chunk_size=chunk_size, **options)
+    return ssd(
+        *(t[name] for name in NAMES[:-1]),
+        initial_state=t["initial_state"],
+        return_final_state=True,
+        chunk_size=chunk_size,
+        **options,
+    )
 
 
 def oracle(t, dt_limit=(0.0, float("inf")), document_ids=None):
@@ -51,7 +57,13 @@ def documents(b, l, share):
 
 @pytest.mark.parametrize(
     ("shape", "chunk"),
-    [((2, 37, 4, 8, 2, 4), 8), ((1, 64, 6, 4, 3, 16), 16), ((2, 5, 2, 8, 1, 8), 64), ((1, 1, 2, 4, 2, 4), 4), ((1, 9, 2, 4, 1, 4), 1)],
+    [
+        ((2, 37, 4, 8, 2, 4), 8),
+        ((1, 64, 6, 4, 3, 16), 16),
+        ((2, 5, 2, 8, 1, 8), 64),
+        ((1, 1, 2, 4, 2, 4), 4),
+        ((1, 9, 2, 4, 1, 4), 1),
+    ],
 )
 def test_fp64_is_exact(shape, chunk):
     values = operands(*shape)

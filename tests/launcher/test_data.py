@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import small_run
 
 from baton.configs.errors import UserError
 from baton.launcher.training.data import Loader, Samples
 from baton.launcher.training.token_files import TokenStream, prepare, read_tokenizer
+from helpers import small_run
 
 
 def corpus(tmp_path, lines=400):

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import small_run
 
 from baton.configs.errors import UserError
 from baton.configs.schema import OptimizerConfig, ScheduleConfig
@@ -18,6 +17,7 @@ from baton.launcher.training.metrics import read_metrics
 from baton.launcher.training.optimizer import build_optimizer, learning_rate
 from baton.launcher.training.run_folder import checkpoints
 from baton.models.hybrid import build_model
+from helpers import small_run
 
 
 def train(rank, config, resume=False, stop_at=None):
@@ -52,7 +52,9 @@ def test_a_resumed_run_is_bit_identical(pool, tmp_path, text, degree):
     assert len(losses(straight)) == 6
 
 
-@pytest.mark.parametrize("options", [["parallel.cp=4"], ["parallel.cp=2", "parallel.tp=2"], ["parallel.cp=2", "parallel.dp=2"]], ids=str)
+@pytest.mark.parametrize(
+    "options", [["parallel.cp=4"], ["parallel.cp=2", "parallel.tp=2"], ["parallel.cp=2", "parallel.dp=2"]], ids=str
+)
 def test_every_mesh_learns_the_same(pool, tmp_path, text, options):
     """Six AdamW steps in fp64 with two micro-steps of two sequences; the loss falls, and no mesh changes it."""
     common = ["precision=fp64", "batch={sequences: 4, micro_steps: 2}", "optimizer.lr=1e-2"]

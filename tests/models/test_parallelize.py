@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from helpers import errors, run_alone, run_sharded, tiny_config
 
 MESHES = {
@@ -47,7 +48,6 @@ def dtypes_inside_forward(rank, config):
     from baton.models.parallelize import build_sharded_model
     from baton.parallel.layout import Layout
     from baton.parallel.mesh import build_mesh
-
     from helpers import CONTEXT, tokens
 
     mesh = build_mesh(config.parallel, "cpu")

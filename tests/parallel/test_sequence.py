@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import relative_error
 
 from baton.kernels.conv import causal_conv
 from baton.kernels.cross_entropy import cross_entropy_sum
@@ -15,6 +14,7 @@ from baton.parallel.gradients import clip, local_part, total_norm
 from baton.parallel.halo import SequenceHalo
 from baton.parallel.layout import Layout
 from baton.parallel.vocabulary import VocabularyShards
+from helpers import relative_error
 
 MAPS = 24
 """Affine maps along the whole sequence: several for each segment of every layout here."""
@@ -43,7 +43,9 @@ def scan(rank, layout):
     return S_in, final, dU, dinitial
 
 
-@pytest.mark.parametrize(("kind", "world"), [("contiguous", 2), ("contiguous", 3), ("contiguous", 4), ("zigzag", 2), ("zigzag", 3), ("zigzag", 4)])
+@pytest.mark.parametrize(
+    ("kind", "world"), [("contiguous", 2), ("contiguous", 3), ("contiguous", 4), ("zigzag", 2), ("zigzag", 3), ("zigzag", 4)]
+)
 def test_scan(pool, kind, world):
     layout, (log_T, U, dS_in) = Layout(kind, world), maps()
     S_in, final = LocalScan().forward(log_T, U, None)
@@ -89,7 +91,9 @@ def test_halo(pool, kind, world):
 
 
 def attention(rank, layout):
-    q, k, v, gradient = (layout.shard(t, rank).requires_grad_() for t in draw((1, 24, 4, 8), (1, 24, 2, 8), (1, 24, 2, 8), (1, 24, 4, 8)))
+    q, k, v, gradient = (
+        layout.shard(t, rank).requires_grad_() for t in draw((1, 24, 4, 8), (1, 24, 2, 8), (1, 24, 2, 8), (1, 24, 4, 8))
+    )
     y = SequenceAttention(layout, dist.group.WORLD)(q, k, v)
     y.backward(gradient.detach())
     return [t.detach() for t in (y, q.grad, k.grad, v.grad)]

@@ -1,0 +1,147 @@
+"""Parts of the hybrid on one device, each against its definition written out token by token in fp64."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from baton.models.hybrid import build_model
+from baton.models.initialization import initialize
+from baton.models.mixers.attention import Attention
+from baton.models.mixers.mamba2 import Mamba2
+from baton.models.moe import MoE
+from helpers import relative_error, tiny_config
+
+
+def filled(kind, overrides=()):
+    """A part with parameters at random, also those that start at 0 or 1."""
+    config = tiny_config(list(overrides)).model
+    part = kind(config).double()
+    initialize(part, "part", 0, 0.3, 1)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in part.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return part, config
+
+
+def inputs(length=11):
+    return torch.randn(2, length, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def mamba2_by_definition(part, config, u):
+    """Hugging Face's order of things: projections, convolution and SiLU, recurrence, gate, grouped norm, out."""
+    p, n, g = config.mamba2.head_dim, config.mamba2.state_dim, config.mamba2.groups
+    x, z = part.x_proj(u), part.z_proj(u)
+    bc = part.bc_proj(u)
+    taps = config.mamba2.conv_width
+
+    def conv(t, weight, bias):
+        padded = F.pad(t, (0, 0, taps - 1, 0))
+        return F.silu(sum(padded[:, k : k + t.shape[1]] * weight[:, k] for k in range(taps)) + bias)
+
+    x = conv(x, part.conv.x_weight, part.conv.x_bias).unflatten(-1, (-1, p))
+    bc = conv(bc, part.conv.bc_weight, part.conv.bc_bias).view(*u.shape[:2], g, 2, n)
+    dt = F.softplus(part.dt_proj(u) + part.ssm.dt_bias)
+    heads = x.shape[2]
+    ys = []
+    state = torch.zeros(u.shape[0], heads, p, n, dtype=u.dtype)
+    for t in range(u.shape[1]):
+        group = [h // (heads // g) for h in range(heads)]
+        B, C = bc[:, t, group, 0], bc[:, t, group, 1]
+        decay = torch.exp(-part.ssm.A_log.exp() * dt[:, t])
+        state = decay[..., None, None] * state + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, :, None]
+        ys.append((state * C[:, :, None]).sum(-1) + part.ssm.D[:, None] * x[:, t])
+    gated = torch.stack(ys, 1).flatten(2) * F.silu(z)
+    blocks = gated.unflatten(-1, (g, -1))
+    normed = blocks * torch.rsqrt(blocks.square().mean(-1, keepdim=True) + config.norm_eps)
+    return part.out_proj(normed.flatten(2) * part.norm.weight)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_mamba2(groups):
+    part, config = filled(Mamba2, [f"model.mamba2.groups={groups}"])
+    assert relative_error(part(inputs()).detach(), mamba2_by_definition(part, config, inputs()).detach()) <= 1e-12
+
+
+def attention_by_definition(part, config, u, positions):
+    sizes = config.attention
+    q, k, v = (proj(u).unflatten(-1, (-1, sizes.head_dim)) for proj in (part.q_proj, part.k_proj, part.v_proj))
+    if sizes.rope is not None:
+        angles = positions[:, None] * sizes.rope.theta ** (-torch.arange(0, sizes.head_dim, 2) / sizes.head_dim)
+        turn = torch.polar(torch.ones_like(angles, dtype=torch.float64), angles.double())[:, None]
+        half = sizes.head_dim // 2
+        q, k = (
+            torch.view_as_real(torch.complex(t[..., :half], t[..., half:]) * turn).transpose(-1, -2).flatten(-2) for t in (q, k)
+        )
+    out = torch.zeros_like(q)
+    for head in range(sizes.heads):
+        other = head // (sizes.heads // sizes.kv_heads)
+        scores = q[:, :, head] @ k[:, :, other].transpose(1, 2) / math.sqrt(sizes.head_dim)
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+        out[:, :, head] = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v[:, :, other]
+    return part.o_proj(out.flatten(2))
+
+
+@pytest.mark.parametrize("rope", ["null", "{theta: 100.0}"])
+def test_attention(rope):
+    part, config = filled(Attention, [f"model.attention.rope={rope}"])
+    positions = torch.arange(11) + 5
+    found = part(inputs(), positions).detach()
+    assert relative_error(found, attention_by_definition(part, config, inputs(), positions).detach()) <= 1e-12
+    assert config.attention.rope is None or relative_error(found, part(inputs(), positions * 3).detach()) > 1e-3
+
+
+def test_moe():
+    part, config = filled(MoE)
+    y, auxiliary = part(inputs())
+    experts, hits = config.moe.experts, torch.zeros(config.moe.experts, dtype=torch.float64)
+    reference, probabilities = [], (inputs().flatten(0, 1) @ part.router.weight.T).softmax(-1)
+    for token, row in zip(inputs().flatten(0, 1), probabilities, strict=True):
+        total = torch.zeros(32, dtype=torch.float64)
+        for e in row.argsort(descending=True)[: config.moe.top_k]:
+            hits[e] += 1
+            hidden = F.silu(part.experts.gate_proj[e] @ token) * (part.experts.up_proj[e] @ token)
+            total = total + row[e] * (part.experts.down_proj[e] @ hidden)
+        reference.append(total)
+    assert relative_error(y.flatten(0, 1).detach(), torch.stack(reference).detach()) <= 1e-12
+    expected = config.moe.aux_loss * experts * (hits / 22 * probabilities.mean(0)).sum()
+    assert relative_error(auxiliary.detach(), expected.detach()) <= 1e-12
+
+
+def test_a_balanced_router_has_the_least_auxiliary_loss():
+    part, config = filled(MoE)
+    even = torch.full((8, 4), 0.25, dtype=torch.float64)
+    chosen = torch.tensor([[0, 1], [2, 3]] * 4)
+    assert float(part._imbalance(even, chosen)) == pytest.approx(config.moe.top_k)
+
+
+def test_tokens_do_not_see_what_comes_after():
+    model = build_model(tiny_config([]).model, 0, torch.float64)
+    ids = torch.randint(0, 64, (1, 20), generator=torch.Generator().manual_seed(2))
+    changed = ids.clone()
+    changed[0, 12] = (ids[0, 12] + 1) % 64
+    before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :12], after[:, :12])
+    assert not torch.allclose(before[:, 12:], after[:, 12:])
+
+
+def test_values_at_the_start():
+    config = tiny_config(["model.d_model=256", "model.initializer_range=0.02"]).model
+    model = build_model(config, 7)
+    mixer = model.layers[0].mixer
+    decay, dt = mixer.ssm.A_log.detach().exp(), F.softplus(mixer.ssm.dt_bias.detach())
+    assert float(decay.min()) >= 1
+    assert float(decay.max()) <= 16
+    assert float(decay.std()) > 2
+    assert float(dt.min()) >= 0.9e-3
+    assert float(dt.max()) <= 0.101
+    assert float(dt.log().std()) > 0.8
+    assert float(mixer.x_proj.weight.std()) == pytest.approx(0.02, rel=0.03)
+    assert float(mixer.out_proj.weight.std()) == pytest.approx(0.02 / math.sqrt(8), rel=0.03)
+    assert float(model.layers[1].feed_forward.experts.down_proj.std()) == pytest.approx(0.02 / math.sqrt(8), rel=0.03)
+    assert float(mixer.ssm.D.mean()) == 1.0
+    assert not torch.equal(model.layers[0].mixer.x_proj.weight, model.layers[1].mixer.x_proj.weight)
+    assert torch.equal(mixer.x_proj.weight, build_model(config, 7).layers[0].mixer.x_proj.weight)
+    assert not torch.equal(mixer.x_proj.weight, build_model(config, 8).layers[0].mixer.x_proj.weight)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from baton.launcher.training.loop import run_training
 from baton.launcher.training.metrics import read_metrics
 from baton.launcher.training.optimizer import build_optimizer, learning_rate
 from baton.launcher.training.run_folder import checkpoints
+from baton.launcher.training.token_files import prepare
 from baton.models.hybrid import build_model
+from baton.parallel.gradients import local_part
 from helpers import small_run
 
 
@@ -68,6 +71,61 @@ def test_every_mesh_learns_the_same(pool, tmp_path, text, options):
         assert found[step] == pytest.approx(values, rel=1e-9)
 
 
+def first_step(rank, config):
+    from baton.launcher.training.loop import Trainer
+
+    trainer = Trainer(config, Environment(rank, dist.get_world_size(), torch.device("cpu")))
+    samples = [trainer.train_data.samples[i] for i in range(config.batch.sequences)]
+    return torch.stack(samples), trainer.step()
+
+
+def test_a_step_is_its_definition(pool, tmp_path, text):
+    """Loss and gradient norm of two micro-steps: all tokens weigh the same, and so do the micro-steps' auxiliary losses."""
+    config = small_run(tmp_path, ["precision=fp64", "batch={sequences: 4, micro_steps: 2}", "model.moe.aux_loss=1.0"], text)
+    prepare(config)
+    samples, metrics = pool.run(1, first_step, config)[0]
+    model = build_model(config.model, config.seed, torch.float64)
+    parts = [model(part[:, :-1], part[:, 1:]) for part in samples.chunk(2)]
+    cross_entropy = sum(part.cross_entropy for part in parts) / (4 * config.data.context)
+    auxiliary = sum(part.auxiliary for part in parts) / 2
+    (cross_entropy + auxiliary).backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert metrics["loss"] == pytest.approx(cross_entropy.item(), rel=1e-12)
+    assert metrics["auxiliary_loss"] == pytest.approx(auxiliary.item(), rel=1e-12)
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-10)
+
+
+def save_and_load(rank, config):
+    """The random state and every tensor of the optimizer, saved, spoilt, loaded: what differs then."""
+    from baton.launcher.training.loop import Trainer
+
+    trainer = Trainer(config, Environment(rank, dist.get_world_size(), torch.device("cpu")))
+    trainer.step()
+    torch.rand(rank + 3)
+    expected = torch.get_rng_state()
+    state = trainer.optimizer.state_dict()["state"]
+    before = {(i, key): local_part(t).clone() for i, entry in state.items() for key, t in entry.items()}
+    trainer.save()
+    torch.rand(5)
+    for entry in state.values():
+        for tensor in entry.values():
+            local_part(tensor).add_(1)
+    trainer.resume()
+    after = trainer.optimizer.state_dict()["state"]
+    differing = [key for key, t in before.items() if not torch.equal(t, local_part(after[key[0]][key[1]]))]
+    return differing, len(before), torch.equal(torch.get_rng_state(), expected), trainer.consumed
+
+
+def test_a_checkpoint_has_optimizer_and_random_state(pool, tmp_path, text):
+    config = small_run(tmp_path, ["parallel.cp=2"], text, 2)
+    prepare(config)
+    for differing, count, same_random_state, consumed in pool.run(2, save_and_load, config):
+        assert differing == []
+        assert count == 3 * sum(1 for _ in build_model(config.model, 0).parameters())
+        assert same_random_state
+        assert consumed == 2
+
+
 def test_what_a_run_leaves(pool, tmp_path, text):
     config = small_run(tmp_path, [], text)
     pool.run(1, train, config)
@@ -112,7 +170,7 @@ def test_checkpoints_that_cannot_be_used_say_why(pool, tmp_path, text):
 
 
 def test_vectors_are_not_decayed():
-    config = small_run(__import__("pathlib").Path("/nowhere"), [], None)
+    config = small_run(Path("nowhere"), [], None)
     model = build_model(config.model, 0)
     decayed, kept = (group["params"] for group in build_optimizer(model, OptimizerConfig(weight_decay=0.3)).param_groups)
     names = {id(p): name for name, p in model.named_parameters()}

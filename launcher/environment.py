@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -100,6 +102,8 @@ def launch(arguments: Sequence[str], processes: int) -> None:
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         raise UserError(_message(rank, failure)) from None
+    except SignalException as stopped:
+        raise UserError(f"stopped by {signal.Signals(stopped.sigval).name}; --resume goes on from the newest checkpoint") from None
 
 
 def _message(rank: int, failure: ProcessFailure) -> str:

@@ -21,19 +21,22 @@ def user_errors() -> Iterator[None]:
     """Ends the process with status 1 and one line for a UserError; a worker also tells its agent, who ends the others."""
     try:
         yield
-    except UserError as error:
+    except Exception as error:
         worker = under_torchrun()
         if worker:
             _tell_agent(error)
+        if not isinstance(error, UserError):
+            raise
         if not worker or (AGENT not in os.environ and os.environ["RANK"] == "0"):
             print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
         # Not sys.exit: a failed rank must not wait in the library's exit handlers for those that hang in a collective.
         os._exit(1) if worker else sys.exit(1)
 
 
-def _tell_agent(error: UserError) -> None:
+def _tell_agent(error: Exception) -> None:
+    """Leaves the error where the agent looks for it; subclasses of UserError under that name."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     handler = get_error_handler()
     handler.initialize()
-    handler.record_exception(UserError(str(error)))
+    handler.record_exception(UserError(str(error)) if isinstance(error, UserError) else error)

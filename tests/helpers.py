@@ -100,7 +100,7 @@ def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
     assert found.shape == reference.shape, (found.shape, reference.shape)
     largest = reference.abs().max()
     assert largest > 0, "a reference that is all zero shows nothing"
-    return float((found.double() - reference.double()).abs().max() / largest)
+    return ((found.double() - reference.double()).abs().max() / largest).item()
 
 
 def errors(found: Outcome, reference: Outcome) -> dict[str, float]:

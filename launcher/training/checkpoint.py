@@ -47,9 +47,11 @@ class Checkpointer:
         dcp.save(self._state(), storage_writer=dcp.FileSystemWriter(partial, thread_count=1))
         if self.leads:
             self._describe(partial, step, consumed)
+            replaced = target.with_name(f"{target.name}.replaced")
             if target.exists():
-                shutil.rmtree(target)
+                os.rename(target, replaced)
             os.rename(partial, target)
+            shutil.rmtree(replaced, ignore_errors=True)
             for old in checkpoints(self.config.run)[: -self.config.checkpoint.keep]:
                 shutil.rmtree(old)
         dist.barrier()

@@ -1,5 +1,6 @@
 """Text from files, folders, .jsonl and .gz, as documents."""
 
+import functools
 import gzip
 import json
 import random
@@ -38,6 +39,7 @@ def documents(inputs: list[str], max_bytes: int) -> Iterator[str]:
                 return
 
 
+@functools.cache
 def standard_library() -> Path:
     """Real text that is on any machine: the sources and docstrings of Python itself."""
     return Path(sysconfig.get_paths()["stdlib"])

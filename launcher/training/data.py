@@ -31,7 +31,7 @@ class Samples:
         self.stream, self.context, self.seed = stream, context, seed
         self.count = (stream.length - 1) // context
         if self.count < 1:
-            raise UserError(f"the corpus has {stream.length} tokens, fewer than one sample ({context} + 1)")
+            raise UserError(f"{stream.name} has {stream.length} tokens, fewer than one sample ({context} + 1)")
         self._order: tuple[int, np.ndarray] | None = None
 
     def __getitem__(self, position: int) -> Tensor:

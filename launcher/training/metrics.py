@@ -54,7 +54,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """A line above the progress."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Flushes everything."""

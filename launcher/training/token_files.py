@@ -17,6 +17,8 @@ from .corpus import documents
 from .tokenizer import END_OF_DOCUMENT, byte_tokenizer, load_tokenizer, train_bpe
 
 SPLITS = ("train", "validation")
+MAGIC = b"MMIDIDX"
+"""How an index begins."""
 
 
 def prepare(config: Config) -> None:
@@ -29,7 +31,8 @@ def prepare(config: Config) -> None:
         _check_settings(folder, settings)
         return
     console = Console(stderr=True, highlight=False)
-    console.print(f"Preparing the corpus in {folder} from {', '.join(config.data.input) or 'the Python standard library'} ...")
+    source = ", ".join(config.data.input) or "the Python standard library"
+    console.print(f"Preparing the corpus in {folder} from {source} ...", soft_wrap=True)
     texts = list(documents(config.data.input, config.data.max_bytes))
     if not texts:
         raise UserError("data.input: no text in it")
@@ -119,14 +122,18 @@ class TokenStream:
 
     def __init__(self, folder: Path, split: str) -> None:
         """Raises UserError when a file is missing, truncated or no IndexedDataset."""
-        prefix = folder / split
+        self.name = prefix = folder / split
         for suffix in (".idx", ".bin"):
             if not Path(f"{prefix}{suffix}").is_file():
                 raise UserError(f"{prefix}{suffix}: no such file; `baton data prepare` makes it")
+        with open(f"{prefix}.idx", "rb") as index_file:
+            genuine = index_file.read(len(MAGIC)) == MAGIC
+        if not genuine:
+            raise UserError(f"{prefix}.idx: no index of megatron-core's IndexedDataset")
         try:
             self.data = _indexed_dataset().IndexedDataset(str(prefix))
         except (AssertionError, ValueError, KeyError) as error:
-            raise UserError(f"{prefix}.idx: no index of megatron-core's IndexedDataset: {error}") from None
+            raise UserError(f"{prefix}.idx: damaged: {error}") from None
         index = self.data.index
         self.dtype = index.dtype
         self.length = int(np.sum(index.sequence_lengths))

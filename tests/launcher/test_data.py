@@ -71,6 +71,8 @@ def test_a_tokenizer_too_large_for_the_model(tmp_path):
 class Numbers:
     """A stream whose tokens are their places."""
 
+    name = "numbers"
+
     def __init__(self, length):
         self.length = length
 
@@ -89,7 +91,7 @@ def test_an_epoch_has_every_sample_once_and_the_next_another_order():
 
 
 def test_a_stream_shorter_than_a_sample():
-    with pytest.raises(UserError, match=r"has 10 tokens, fewer than one sample \(10 \+ 1\)"):
+    with pytest.raises(UserError, match=r"numbers has 10 tokens, fewer than one sample \(10 \+ 1\)"):
         Samples(Numbers(10), 10, seed=0)
 
 

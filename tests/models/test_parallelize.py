@@ -101,3 +101,23 @@ def build_without_positions(rank, config):
 
 def test_what_would_be_silently_wrong_is_refused(pool):
     pool.run(2, build_without_positions, tiny_config(["parallel.cp=2"], 2))
+
+
+def refused_tables(rank, config):
+    """A parameter that no table names, and one whose rows do not divide."""
+    from baton.models.mixers.mamba2 import StateSpace
+    from baton.models.mlp import MLP
+    from baton.models.parallelize import shard_tensors
+    from baton.parallel.mesh import build_mesh
+
+    mesh = build_mesh(config.parallel, "cpu")
+    forgotten = MLP(config.model)
+    forgotten.bias = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(ValueError, match="MLP.bias is in no sharding table"):
+        shard_tensors(forgotten, mesh)
+    with pytest.raises(ValueError, match="StateSpace.A_log: 3 pieces do not divide over tp 2"):
+        shard_tensors(StateSpace(3, 8), mesh)
+
+
+def test_tables_that_do_not_fit_are_refused(pool):
+    pool.run(2, refused_tables, tiny_config(["parallel.tp=2"], 2))

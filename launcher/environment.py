@@ -46,10 +46,11 @@ def process_group() -> Iterator[Environment]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    bound = device if device.type == "cuda" else None
     if under_torchrun():
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT, device_id=bound)
     try:
         yield Environment(dist.get_rank(), dist.get_world_size(), device)
     finally:

@@ -112,22 +112,26 @@ def _require_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
 def _split_parameter(module: nn.Module, key: str, split: Split | SplitGroups, mesh: Mesh) -> None:
     path, _, name = key.rpartition(".")
     owner = module.get_submodule(path)
-    parameter, tp = getattr(owner, name), mesh.size("tp")
-    placement: Placement = Shard(split.dim if isinstance(split, Split) else 0)
-    pieces = parameter.shape[split.dim] if isinstance(split, Split) else split.groups
-    read: Callable[[DTensor], Tensor] = lambda p: p.to_local(grad_placements=[placement])  # noqa: E731
-    if pieces % tp:
-        if isinstance(split, Split) or tp % split.groups:
-            raise ValueError(f"{type(module).__name__}.{key}: {pieces} pieces do not divide over tp {tp}")
-        placement, block = Replicate(), mesh.rank("tp") * split.groups // tp
-        groups = split.groups
-
-        def read(p: DTensor) -> Tensor:
-            return p.to_local(grad_placements=[Partial()]).unflatten(0, (groups, -1))[block]
-
+    parameter = getattr(owner, name)
+    try:
+        placement, read = _plan(split, parameter.shape, mesh)
+    except ValueError as error:
+        raise ValueError(f"{type(module).__name__}.{key}: {error}") from None
     sharded = distribute_tensor(parameter.data, mesh.tensor, [placement], src_data_rank=None)
     owner.register_parameter(name, nn.Parameter(sharded))
     _read_locally(owner, name, read)
+
+
+def _plan(split: Split | SplitGroups, shape: torch.Size, mesh: Mesh) -> tuple[Placement, Callable[[DTensor], Tensor]]:
+    """Where a parameter lies over tp, and what a rank reads of it."""
+    tp = mesh.size("tp")
+    if isinstance(split, SplitGroups) and split.groups < tp and tp % split.groups == 0:
+        block = mesh.rank("tp") * split.groups // tp
+        return Replicate(), lambda p: p.to_local(grad_placements=[Partial()]).unflatten(0, (split.groups, -1))[block]
+    dim, pieces = (split.dim, shape[split.dim]) if isinstance(split, Split) else (0, split.groups)
+    if pieces % tp:
+        raise ValueError(f"{pieces} pieces do not divide over tp {tp}")
+    return Shard(dim), lambda p: p.to_local(grad_placements=[Shard(dim)])
 
 
 def _replicate_others(module: nn.Module, inside_region: bool, mesh: Mesh) -> None:

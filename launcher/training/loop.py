@@ -199,14 +199,12 @@ def run_training(config: Config, environment: Environment, resume: bool, stop_at
     if environment.leads:
         check_run_folder(config.run, resume)
         prepare(config)
-        config.run.mkdir(parents=True, exist_ok=True)
-        (config.run / "config.yaml").write_text(config.to_yaml())
     dist.barrier()
     trainer = Trainer(config, environment)
     if resume:
         trainer.resume()
     last = min(config.schedule.steps, stop_at or config.schedule.steps)
-    reporter = Reporter(config.run, trainer.done, config.schedule.steps) if environment.leads else None
+    reporter = Reporter(config, trainer.done) if environment.leads else None
     try:
         if reporter:
             reporter.say(_describe(trainer))
@@ -257,6 +255,7 @@ def _describe(trainer: Trainer) -> str:
 def _summary(trainer: Trainer, sample: str | None) -> str:
     config, run = trainer.config, trainer.config.run
     losses = [line["validation_loss"] for line in read_metrics(run) if "validation_loss" in line]
+    more = f" schedule.steps={2 * config.schedule.steps}" if trainer.done >= config.schedule.steps else ""
     lines = [
         "",
         f"Trained {trainer.done} of {config.schedule.steps} steps, {trainer.consumed * config.data.context:,} tokens.",
@@ -265,7 +264,7 @@ def _summary(trainer: Trainer, sample: str | None) -> str:
         f"  loss curve   {plot_losses(run)}",
         f"  metrics      {run}/metrics.jsonl",
         f"  TensorBoard  tensorboard --logdir {run}/tensorboard",
-        f"  go on        baton train {run}/config.yaml --resume schedule.steps={2 * config.schedule.steps}",
+        f"  go on        baton train {run}/config.yaml --resume{more}",
     ]
     if sample:
         lines += ["A continuation (greedy):", *(f"  | {line}" for line in sample.splitlines())]

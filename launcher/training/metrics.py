@@ -9,17 +9,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from ...configs.schema import Config
+
 LINES = 20
 """A run whose output is no terminal prints about this many lines instead of a progress line."""
 
 
 class Reporter:
-    """Writes metrics of one run; only the leading rank has one."""
+    """Writes what one run reports, and its config, to its folder; only the leading rank has one."""
 
-    def __init__(self, run: Path, first_step: int, steps: int) -> None:
+    def __init__(self, config: Config, first_step: int) -> None:
+        """Goes on after `first_step`: lines of later steps, which a run that ended without a checkpoint left, are dropped."""
+        run, steps = config.run, config.schedule.steps
         run.mkdir(parents=True, exist_ok=True)
+        (run / "config.yaml").write_text(config.to_yaml())
         self.file = run / "metrics.jsonl"
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= first_step]
+        kept = [line for line in self._lines() if first_step and json.loads(line)["step"] <= first_step]
         self.file.write_text("".join(kept))
         self.stream = self.file.open("a", buffering=1)
         self.events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1 if first_step else None)

@@ -25,9 +25,8 @@ def load_config(file: str | Path, overrides: list[str] | None = None, world: int
     Raises ConfigError with one line: FILE:LINE: KEY value, what is allowed.
     """
     path = find_file(file)
-    node = _compose(path)
-    values = yaml.safe_load(path.read_text())
-    places = {keys: f"{path}:{line}" for keys, line in _lines(node).items()}
+    node, values = _parse(path)
+    places = {keys: f"{path}:{line}" for keys, line in _lines(node, path).items()}
     for override in overrides or []:
         keys, value = parse_override(override)
         _assign(values, keys, value, override)
@@ -59,7 +58,7 @@ def parse_override(override: str) -> tuple[Keys, Any]:
         raise ConfigError(f"override {override!r}: allowed: dotted.key=value")
     try:
         return tuple(key.split(".")), yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"override {override!r}: {text!r} is no YAML value") from None
 
 
@@ -71,7 +70,8 @@ def validate(values: Any, source: str, places: dict[Keys, str] | None = None) ->
         error = errors.errors()[0]
     cause = error.get("ctx", {}).get("error")
     # pydantic adds the names of a union's members, such as `constrained-int`, to the keys.
-    keys: Keys = tuple(key for key in error["loc"] if isinstance(key, int) or key.isidentifier())
+    unions = {"constrained-int", "literal['auto']", "int", "literal"}
+    keys: Keys = tuple(key for key in error["loc"] if key not in unions)
     if isinstance(cause, KeyedError):
         raise _located(cause, keys, source, places or {})
     raise ConfigError(f"{_place(keys, source, places or {})}: {_dotted(keys)} {_explain(error)}")
@@ -90,6 +90,8 @@ def _explain(error: Any) -> str:
         return "is missing"
     if error["loc"] in (("parallel", "pp"), ("parallel", "ep")):
         return f"is {error['input']!r}: degrees beyond 1 on this axis are not available yet; allowed: 1"
+    if error["loc"][:2] in (("parallel", "cp"), ("parallel", "dp")):
+        return f"is {error['input']!r}, allowed: auto, or 1 and more"
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"is {error['input']!r}, allowed: {message}"
 
@@ -115,30 +117,32 @@ def _place(keys: Keys, source: str, places: dict[Keys, str]) -> str:
     return source
 
 
-def _compose(path: Path) -> yaml.Node | None:
+def _parse(path: Path) -> tuple[yaml.MappingNode, Any]:
+    """The file as nodes, which know their lines, and as values."""
     try:
-        node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+        text = path.read_text()
+        node, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: no YAML: {getattr(error, 'problem', error)}") from None
+        raise ConfigError(f"{where}: no YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}:1: holds no keys; allowed: a mapping such as `model:`")
-    return node
+    return node, values
 
 
-def _lines(node: yaml.Node | None, keys: Keys = ()) -> dict[Keys, int]:
+def _lines(node: yaml.Node, file: Path, keys: Keys = ()) -> dict[Keys, int]:
     """The line on which each key stands. A key written twice is an error: YAML would keep the last in silence."""
     lines: dict[Keys, int] = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            path = keys + (key.value,)
+            path, line = keys + (key.value,), key.start_mark.line + 1
             if path in lines:
-                raise ConfigError(f"line {key.start_mark.line + 1}: {_dotted(path)} is written twice (line {lines[path]} before)")
-            lines[path] = key.start_mark.line + 1
-            lines |= _lines(value, path)
+                raise ConfigError(f"{file}:{line}: {_dotted(path)} is written twice (line {lines[path]} before)")
+            lines[path] = line
+            lines |= _lines(value, file, path)
     return lines
 
 

@@ -12,6 +12,7 @@ from .pattern import LayerKinds, parse_pattern
 Count = Annotated[int, Field(ge=1, strict=True)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class KeyedError(ValueError):
@@ -30,7 +31,7 @@ def _divides(key: str, part: int, whole: int, name: str) -> None:
 class Section(BaseModel):
     """Unknown keys are refused, values do not change once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Mamba2Config(Section):
@@ -187,7 +188,7 @@ class DataConfig(Section):
     max_bytes: Count = 8_000_000
     """Text beyond this many bytes is left out."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """Of the documents."""
+    """Of the tokens: the last ones, files being in a mixed order."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     context: Count
     """Tokens in a sequence."""
@@ -210,7 +211,7 @@ class OptimizerConfig(Section):
     """AdamW. Norms, biases, A_log, D and dt_bias are not decayed."""
 
     lr: Positive = 3e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Positive = 1.0
@@ -221,7 +222,7 @@ class ScheduleConfig(Section):
     """Steps, and the learning rate over them."""
 
     steps: Count
-    warmup: Annotated[int, Field(ge=0)] = 0
+    warmup: Annotated[int, Field(ge=0, strict=True)] = 0
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     final: Fraction = 0.1
     """Learning rate at the last step, as a fraction of the highest."""
@@ -247,7 +248,7 @@ class LoggingConfig(Section):
 
     every: Count = 1
     """Steps between lines of metrics.jsonl and TensorBoard."""
-    sample_tokens: Annotated[int, Field(ge=0)] = 48
+    sample_tokens: Annotated[int, Field(ge=0, strict=True)] = 48
     """Length of the text continued at the end; 0: none."""
 
 
@@ -256,7 +257,7 @@ class Config(Section):
 
     run: Path
     """The run's folder: checkpoints, metrics, plots."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """Of the computation; bf16 keeps parameters, gradients' sums, A_log, D, dt_bias and the router in fp32."""
     model: ModelConfig
@@ -277,8 +278,6 @@ class Config(Section):
     def _check_parts(self) -> None:
         check_tensor_degree(self.model, self.parallel.tp)
         check_context(self.model, self.parallel, self.data.context)
-        if self.data.tokenizer.kind == "byte" and self.model.vocab_size < 257:
-            raise KeyedError("model.vocab_size", f"is {self.model.vocab_size}, the byte tokenizer needs at least 257")
         per_micro_step = self.batch.sequences // self.batch.micro_steps
         if self.parallel.dp != "auto" and per_micro_step % self.parallel.dp:
             raise KeyedError(
@@ -335,20 +334,24 @@ def check_tensor_degree(model: ModelConfig, tp: int) -> None:
 
 def check_context(model: ModelConfig, parallel: ParallelConfig, context: int) -> None:
     """Raises KeyedError where the sequence does not cut into equal segments, each at least as long as the convs' reach."""
-    segments = parallel.segments
+    segments, reach = parallel.segments, model.mamba2.conv_width - 1
     if context % segments:
-        nearest = context - context % segments or segments
+        below = context - context % segments or segments
         raise KeyedError(
             "parallel.cp",
             f"is {parallel.cp}, whose {segments} {parallel.layout} segments do not divide data.context ({context}); "
-            f"data.context={nearest} would, or cp of {_divisors(context, 2 if parallel.layout == 'zigzag' else 1)}",
+            f"data.context={below} would, or cp of {_fitting_cp(parallel, context, reach)}",
         )
-    reach = model.mamba2.conv_width - 1
     if segments > 1 and any(layer.mixer == "mamba2" for layer in model.layers) and context // segments < reach:
-        length = context // segments
-        raise KeyedError("parallel.cp", f"is {parallel.cp}: a segment of {length} tokens is shorter than the conv's reach, {reach}")
+        raise KeyedError(
+            "parallel.cp",
+            f"is {parallel.cp}: a segment of {context // segments} tokens is shorter than the conv's reach, {reach}; "
+            f"allowed: cp of {_fitting_cp(parallel, context, reach)}",
+        )
 
 
-def _divisors(number: int, factor: int) -> str:
-    found = [d for d in range(1, 65) if number % (d * factor) == 0]
-    return ", ".join(str(d) for d in found) or "1 with parallel.layout=contiguous"
+def _fitting_cp(parallel: ParallelConfig, context: int, reach: int) -> str:
+    """Degrees whose segments divide the context and are as long as `reach`."""
+    each = 2 if parallel.layout == "zigzag" else 1
+    fits = [cp for cp in range(1, context + 1) if cp == 1 or (context % (cp * each) == 0 and context // (cp * each) >= reach)]
+    return ", ".join(str(cp) for cp in fits[:16]) + (" ..." if len(fits) > 16 else "")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import uuid
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -44,6 +46,8 @@ def process_group() -> Iterator[Environment]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        _check_devices(local_rank + 1)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     bound = device if device.type == "cuda" else None
@@ -51,10 +55,16 @@ def process_group() -> Iterator[Environment]:
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT, device_id=bound)
-    try:
-        yield Environment(dist.get_rank(), dist.get_world_size(), device)
-    finally:
-        dist.destroy_process_group()
+    yield Environment(dist.get_rank(), dist.get_world_size(), device)
+    # Not after an error: NCCL's teardown would wait for ranks that wait for this one.
+    dist.destroy_process_group()
+
+
+def installed(command: str) -> str:
+    """How to call a command of this installation: by its name, or with its path where that is not searched."""
+    if shutil.which(command):
+        return command
+    return os.path.relpath(Path(sys.executable).with_name(command))
 
 
 def choose_processes(asked: str, config: Config) -> int:
@@ -85,6 +95,8 @@ def launch(arguments: Sequence[str], processes: int) -> None:
 
     When one fails the others are ended. Raises UserError with the message of the first that failed.
     """
+    if torch.cuda.is_available():
+        _check_devices(processes)
     _set_worker_variables(processes)
     # The agent reports a failure at length; what it found is raised here in one line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -114,6 +126,11 @@ def _message(rank: int, failure: ProcessFailure) -> str:
     if kind == UserError.__name__:
         return text
     return f"rank {rank} ended with {failure.signal_name() if failure.exitcode < 0 else failure.exitcode}: {message}"
+
+
+def _check_devices(processes: int) -> None:
+    if processes > torch.cuda.device_count():
+        raise UserError(f"{processes} processes on {torch.cuda.device_count()} GPUs; allowed: one process a GPU at most")
 
 
 def _set_worker_variables(processes: int) -> None:

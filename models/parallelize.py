@@ -96,12 +96,20 @@ def shard_data(part: nn.Module, mesh: Mesh, precision: str) -> None:
 
 
 def _fully_shard(modules: Any, mesh: Mesh, policy: MixedPrecisionPolicy) -> None:
-    fully_shard(modules, mesh=mesh.data, mp_policy=policy)
+    fully_shard(modules, mesh=mesh.data, mp_policy=policy, shard_placement_fn=lambda p: _data_placement(p, mesh.size("dp_cp")))
     for module in modules if isinstance(modules, list) else [modules]:
         assert isinstance(module, FSDPModule)
         # Gradients are summed, the loss being a sum over all tokens; FSDP's own default is the mean. gloo has no scaled sum.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def _data_placement(parameter: nn.Parameter, ranks: int) -> Shard | None:
+    """Stacked experts are cut along a dim that tp leaves whole, since there may be fewer experts than ranks; others along dim 0."""
+    if parameter.ndim < 3:
+        return None
+    taken = {p.dim for p in parameter.placements if isinstance(p, Shard)} if isinstance(parameter, DTensor) else set()
+    return next((Shard(dim) for dim in (2, 1) if dim not in taken and parameter.shape[dim] % ranks == 0), None)
 
 
 def _require_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -52,5 +52,5 @@ class SequenceScan:
         """The maps of this rank's segments, [b, m, h] and [b, m, h, ...] -> those of all segments in sequence order."""
         packed = torch.cat([U.flatten(3), log_T[..., None]], -1)
         gathered = all_gather(packed, self.group)
-        ordered = torch.stack([gathered[rank, :, place] for rank, place in self.layout.places()], 1)
+        ordered = torch.stack([gathered[rank, :, place] for rank, place in self.layout.places], 1)
         return ordered[..., -1], ordered[..., :-1].unflatten(-1, U.shape[3:])

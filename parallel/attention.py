@@ -30,4 +30,4 @@ class SequenceAttention:
         """[2, b, l, hk, e] of this rank -> [2, b, L, hk, e] in sequence order."""
         gathered = all_gather(kv, self.group)
         segments = gathered.unflatten(3, (self.layout.segments_per_rank, -1))
-        return torch.cat([segments[rank, :, :, place] for rank, place in self.layout.places()], 2)
+        return torch.cat([segments[rank, :, :, place] for rank, place in self.layout.places], 2)

@@ -1,5 +1,6 @@
 """Which contiguous segments of the sequence each rank of the cp axis holds."""
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +19,7 @@ class Layout:
     kind: Literal["contiguous", "zigzag"]
     ranks: int
 
-    @property
+    @functools.cached_property
     def owners(self) -> list[int]:
         """owners[i] is the rank that holds segment i."""
         forward = list(range(self.ranks))
@@ -33,6 +34,7 @@ class Layout:
         """The segments that a rank holds, ascending."""
         return [i for i, owner in enumerate(self.owners) if owner == rank]
 
+    @functools.cached_property
     def places(self) -> list[tuple[int, int]]:
         """For each segment in sequence order: its rank, and its place among that rank's segments."""
         return [(rank, self.segments(rank).index(i)) for i, rank in enumerate(self.owners)]

@@ -8,6 +8,7 @@ import torch
 from baton.configs.loading import load_config
 from baton.configs.schema import Config
 from baton.models.hybrid import build_model
+from baton.models.moe import Experts
 from baton.models.parallelize import DTYPES, build_sharded_model
 from baton.parallel.mesh import build_mesh
 
@@ -33,6 +34,8 @@ class Outcome(NamedTuple):
     loss: torch.Tensor
     logits: torch.Tensor
     gradients: dict[str, torch.Tensor]
+    choices: list[list[list[int]]]
+    """The experts of each token, by MoE layer; tokens in the order of the sequence."""
 
 
 def tiny_config(overrides: list[str], world: int = 1, **paths: Path) -> Config:
@@ -53,12 +56,25 @@ def run_alone(config: Config) -> Outcome:
     """On one device, without any wiring."""
     model = build_model(config.model, config.seed, DTYPES[config.precision])
     ids, labels = tokens()
+    choices = record_choices(model)
     losses = model(ids, labels)
     loss = losses.cross_entropy / (labels >= 0).sum() + losses.auxiliary
     loss.backward()
     with torch.no_grad():
         logits = model(ids)
-    return Outcome(loss.detach(), logits, {name: p.grad for name, p in model.named_parameters()})
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return Outcome(
+        loss.detach(), logits, gradients, [c.view(SEQUENCES, CONTEXT, -1).tolist() for c in choices[: len(choices) // 2]]
+    )
+
+
+def record_choices(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Collects the chosen experts [tokens, k], sorted, of each MoE layer at each forward from now on."""
+    choices: list[torch.Tensor] = []
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.register_forward_pre_hook(lambda _, args: choices.append(args[2].sort(-1).values))
+    return choices
 
 
 def run_sharded(rank: int, config: Config) -> Outcome:
@@ -70,25 +86,27 @@ def run_sharded(rank: int, config: Config) -> Outcome:
     layout = Layout(config.parallel.layout, mesh.size("cp"))
     positions = layout.positions(mesh.rank("cp"), CONTEXT)
     ids, labels = (t.chunk(mesh.size("dp"))[mesh.rank("dp")][:, positions] for t in tokens())
+    choices = record_choices(model)
     losses = model(ids, labels, positions)
     share = losses.cross_entropy / (tokens()[1] >= 0).sum()
     (share + losses.auxiliary).backward()
     loss = share.detach().clone()
     torch.distributed.all_reduce(loss, group=mesh.group("dp_cp"))
     with torch.no_grad():
-        logits = whole_logits(model(ids, positions=positions), mesh, layout)
+        logits = gather_tokens(model(ids, positions=positions), mesh, layout)
+    chosen = [gather_tokens(c.view(*ids.shape, -1), mesh, layout).tolist() for c in choices[: len(choices) // 2]]
     gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-    return Outcome(loss + losses.auxiliary.detach(), logits, gradients)
+    return Outcome(loss + losses.auxiliary.detach(), logits, gradients, chosen)
 
 
-def whole_logits(logits: torch.Tensor, mesh: Any, layout: Any) -> torch.Tensor:
-    """[b, l, v] of each rank of dp and cp -> [SEQUENCES, CONTEXT, v]."""
-    parts = [torch.empty_like(logits) for _ in range(mesh.size("dp_cp"))]
-    torch.distributed.all_gather(parts, logits.contiguous(), group=mesh.group("dp_cp"))
+def gather_tokens(own: torch.Tensor, mesh: Any, layout: Any) -> torch.Tensor:
+    """[b, l, ...] of each rank of dp and cp -> [SEQUENCES, CONTEXT, ...]."""
+    parts = [torch.empty_like(own) for _ in range(mesh.size("dp_cp"))]
+    torch.distributed.all_gather(parts, own.contiguous(), group=mesh.group("dp_cp"))
     cp = mesh.size("cp")
     rows = []
     for dp in range(mesh.size("dp")):
-        row = torch.empty(logits.shape[0], CONTEXT, logits.shape[2], dtype=logits.dtype)
+        row = own.new_empty(own.shape[0], CONTEXT, *own.shape[2:])
         for rank in range(cp):
             row[:, layout.positions(rank, CONTEXT)] = parts[dp * cp + rank]
         rows.append(row)

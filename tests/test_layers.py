@@ -27,7 +27,10 @@ def imported(path):
             yield from (tuple(alias.name.split(".")) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
-            yield (*base, *(node.module or "").split("."))
+            if node.module:
+                yield (*base, *node.module.split("."))
+            else:
+                yield from ((*base, alias.name) for alias in node.names)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

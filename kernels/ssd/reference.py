@@ -225,7 +225,8 @@ class _Decays:
         self.entry = torch.exp2(self.cumulative.to(self.dtype))
         self.exit = (total - self.cumulative).to(self.dtype).exp2_()
         self.log_T = (total[:, 0] / LOG2E).to(self.dtype)
-        self.two_words = self.dtype == torch.float32 and bool(total.numel()) and float(total.amin()) < SPLIT_BELOW
+        # On a GPU always, since looking would make it wait.
+        self.two_words = self.dtype == torch.float32 and (dt.is_cuda or float(total.amin()) < SPLIT_BELOW)
         if self.document is not None:
             last = self.document[:, -1:]
             self.entry = self.entry * (self.document == 0)[..., None]

@@ -1,10 +1,12 @@
 """Text from files, folders, .jsonl and .gz, as documents."""
 
+import codecs
 import functools
 import gzip
 import json
 import random
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,9 +34,9 @@ def documents(inputs: list[str], max_bytes: int) -> Iterator[str]:
     random.Random(0).shuffle(files)
     left = max_bytes
     for path, named in files:
-        for text in _read(path, named):
+        for text in _read(path, named, left):
             yield text
-            left -= len(text.encode())
+            left -= len(text.encode(errors="replace"))
             if left <= 0:
                 return
 
@@ -52,34 +54,34 @@ def _is_text(path: Path, folder: Path) -> bool:
     return not skipped and bool(SUFFIXES & set(suffixes)) and path.is_file()
 
 
-def _read(path: Path, named: bool) -> Iterator[str]:
+def _read(path: Path, named: bool, most: int) -> Iterator[str]:
     """A file's documents. One that was found in a folder and is no UTF-8 is passed over, one that was named is an error."""
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = data.decode("utf-8")
-    except (OSError, EOFError) as error:
-        raise UserError(f"data.input {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            if path.name.removesuffix(".gz").endswith(".jsonl"):
+                yield from (text for number, line in enumerate(file, 1) if (text := _line_text(path, number, line)))
+                return
+            data = file.read(most)
+            # A file that is cut at `most` may end within a character.
+            text = codecs.getincrementaldecoder("utf-8")().decode(data, final=len(data) < most)
     except UnicodeDecodeError as error:
         if named:
             raise UserError(f"data.input {path}: no UTF-8 text at byte {error.start}") from None
         return
-    if path.name.removesuffix(".gz").endswith(".jsonl"):
-        yield from _json_lines(path, text)
-    elif text.strip():
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"data.input {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if text.strip():
         yield text
     elif named:
         raise UserError(f"data.input {path}: the file is empty")
 
 
-def _json_lines(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)[TEXT_KEY]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError(f'data.input {path}:{number}: allowed: a JSON object with "{TEXT_KEY}"') from None
-        if not isinstance(value, str):
-            raise UserError(f'data.input {path}:{number}: "{TEXT_KEY}" is no string')
-        if value:
-            yield value
+def _line_text(path: Path, number: int, line: bytes) -> str:
+    if not line.strip():
+        return ""
+    try:
+        value = json.loads(line)[TEXT_KEY]
+        value.encode()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f'data.input {path}:{number}: allowed: a JSON object whose "{TEXT_KEY}" is a string') from None
+    return value

@@ -54,6 +54,7 @@ class Loader:
 
     def __init__(self, samples: Samples, config: Config, mesh: Mesh, device: torch.device) -> None:
         self.samples, self.batch, self.mesh, self.device = samples, config.batch, mesh, device
+        self.vocab_size = config.model.vocab_size
         self.layout = Layout(config.parallel.layout, mesh.size("cp"))
         self.positions = self.layout.positions(mesh.rank("cp"), samples.context).to(device)
 
@@ -75,5 +76,7 @@ class Loader:
 
     def _batch(self, samples: list[Tensor]) -> Batch:
         tokens = torch.stack(samples)
+        if int(tokens.max()) >= self.vocab_size:
+            raise UserError(f"{self.samples.stream.name} has token {int(tokens.max())}, model.vocab_size is {self.vocab_size}")
         ids, labels = (self.layout.shard(t, self.mesh.rank("cp")).to(self.device) for t in (tokens[:, :-1], tokens[:, 1:]))
         return Batch(ids, labels, self.positions)

@@ -19,7 +19,7 @@ from ...models.hybrid import HybridModel, Losses
 from ...models.parallelize import build_sharded_model
 from ...parallel.gradients import clip, local_part, total_norm
 from ...parallel.mesh import Mesh, build_mesh
-from ..environment import Environment
+from ..environment import Environment, installed
 from .checkpoint import Checkpointer
 from .data import Batch, Loader, Samples
 from .metrics import Reporter, plot_losses, read_metrics
@@ -128,7 +128,8 @@ class Trainer:
         """Saves the state from before the step, unless it is damaged itself, and says where the first bad value arises."""
         where = self._first_bad_output(batches) or self._first_bad_gradient()
         self.optimizer.zero_grad()
-        if not any(self._anywhere([_not_finite(self.model.parameters())])):
+        saved = checkpoint_folder(self.config.run, self.done).exists()
+        if self.done > 0 and not any(self._anywhere([saved, _not_finite(self.model.parameters())])):
             self.save()
         good = checkpoints(self.config.run)
         kept = f"{good[-1]} has the state before" if good else "no checkpoint was written before"
@@ -162,11 +163,13 @@ def _not_finite(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def _named_parts(model: HybridModel) -> Iterator[tuple[str, nn.Module]]:
-    """The parameter groups that an error names, in order of the forward: mixers and feed-forwards with their kind."""
+    """The parameter groups that an error names, in order of the forward; together they have every parameter."""
     yield "embedding", model.embedding
     for i, layer in enumerate(model.layers):
+        yield f"layers.{i}.mixer_norm", layer.mixer_norm
         yield f"layers.{i}.mixer ({layer.kinds.mixer})", layer.mixer
         if layer.kinds.feed_forward:
+            yield f"layers.{i}.feed_forward_norm", layer.feed_forward_norm
             yield f"layers.{i}.feed_forward ({layer.kinds.feed_forward})", layer.feed_forward
     yield "head", model.head
 
@@ -199,6 +202,9 @@ def run_training(config: Config, environment: Environment, resume: bool, stop_at
     if environment.leads:
         check_run_folder(config.run, resume)
         prepare(config)
+    while not config.data.folder.exists():
+        # The leading rank is preparing the corpus, which may take longer than a barrier waits.
+        time.sleep(1)
     dist.barrier()
     trainer = Trainer(config, environment)
     if resume:
@@ -255,16 +261,17 @@ def _describe(trainer: Trainer) -> str:
 def _summary(trainer: Trainer, sample: str | None) -> str:
     config, run = trainer.config, trainer.config.run
     losses = [line["validation_loss"] for line in read_metrics(run) if "validation_loss" in line]
+    ends = [(losses[0], losses[-1])] if losses else []
     more = f" schedule.steps={2 * config.schedule.steps}" if trainer.done >= config.schedule.steps else ""
     lines = [
         "",
         f"Trained {trainer.done} of {config.schedule.steps} steps, {trainer.consumed * config.data.context:,} tokens.",
-        f"Validation loss {losses[0]:.3f} -> {losses[-1]:.3f} ({losses[-1] / losses[0]:.0%} of the untrained model's).",
+        *(f"Validation loss {first:.3f} -> {last:.3f} ({last / first:.0%} of the untrained model's)." for first, last in ends),
         f"  checkpoint   {checkpoint_folder(run, trainer.done)}",
         f"  loss curve   {plot_losses(run)}",
         f"  metrics      {run}/metrics.jsonl",
-        f"  TensorBoard  tensorboard --logdir {run}/tensorboard",
-        f"  go on        baton train {run}/config.yaml --resume{more}",
+        f"  TensorBoard  {installed('tensorboard')} --logdir {run}/tensorboard",
+        f"  go on        {installed('baton')} train {run}/config.yaml --resume{more}",
     ]
     if sample:
         lines += ["A continuation (greedy):", *(f"  | {line}" for line in sample.splitlines())]

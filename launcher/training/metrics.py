@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from ...configs.errors import UserError
 from ...configs.schema import Config
 
 LINES = 20
@@ -21,8 +22,11 @@ class Reporter:
     def __init__(self, config: Config, first_step: int) -> None:
         """Goes on after `first_step`: lines of later steps, which a run that ended without a checkpoint left, are dropped."""
         run, steps = config.run, config.schedule.steps
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.yaml").write_text(config.to_yaml())
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            (run / "config.yaml").write_text(config.to_yaml())
+        except OSError as error:
+            raise UserError(f"run {run}: cannot be written: {error.strerror or error}") from None
         self.file = run / "metrics.jsonl"
         kept = [line for line in self._lines() if first_step and json.loads(line)["step"] <= first_step]
         self.file.write_text("".join(kept))

@@ -1,5 +1,6 @@
 """Where a run keeps its things, and what may be overwritten: nothing that is good."""
 
+import os
 import re
 from pathlib import Path
 
@@ -20,7 +21,10 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def check_run_folder(run: Path, resume: bool) -> None:
-    """Raises UserError when a run would begin where one is already."""
+    """Raises UserError when the folder cannot be written, or a run would begin where one is already."""
+    nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"run {run}: {nearest} is no folder that can be written")
     found = checkpoints(run)
     if found and not resume:
         raise UserError(f"{run} holds a run with {found[-1].name}: give --resume to go on with it, or run=FOLDER for a new one")

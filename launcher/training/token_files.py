@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from ...configs.schema import Config
 from .corpus import documents
 from .tokenizer import END_OF_DOCUMENT, byte_tokenizer, load_tokenizer, train_bpe
 
+BYTES = 257
+"""Tokens that any tokenizer here has."""
 SPLITS = ("train", "validation")
 MAGIC = b"MMIDIDX"
 """How an index begins."""
@@ -27,9 +30,11 @@ def prepare(config: Config) -> None:
     Raises UserError for bad input, and for a folder that was made from other settings.
     """
     folder, settings = config.data.folder, _settings(config)
-    if folder.exists():
+    if folder.is_dir() and any(folder.iterdir()):
         _check_settings(folder, settings)
         return
+    if config.model.vocab_size < BYTES:
+        raise UserError(f"model.vocab_size is {config.model.vocab_size}, allowed: at least {BYTES}, for every byte and the end")
     console = Console(stderr=True, highlight=False)
     source = ", ".join(config.data.input) or "the Python standard library"
     console.print(f"Preparing the corpus in {folder} from {source} ...", soft_wrap=True)
@@ -69,7 +74,10 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """A folder of somebody else's token files, which has no corpus.json, is taken as it is."""
     if not (folder / "corpus.json").exists():
         return
-    made = json.loads((folder / "corpus.json").read_text())["settings"]
+    try:
+        made = dict(json.loads((folder / "corpus.json").read_text())["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder}/corpus.json is damaged: remove {folder} to prepare it again") from None
     for key, value in settings.items():
         if made.get(key) != value:
             raise UserError(
@@ -132,7 +140,7 @@ class TokenStream:
             raise UserError(f"{prefix}.idx: no index of megatron-core's IndexedDataset")
         try:
             self.data = _indexed_dataset().IndexedDataset(str(prefix))
-        except (AssertionError, ValueError, KeyError) as error:
+        except (AssertionError, ValueError, KeyError, struct.error) as error:
             raise UserError(f"{prefix}.idx: damaged: {error}") from None
         index = self.data.index
         self.dtype = index.dtype

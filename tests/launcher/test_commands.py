@@ -15,7 +15,7 @@ def baton(*arguments, timeout=120, **environment):
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=os.environ | {"COLUMNS": "200"} | environment,
+        env=os.environ | {"COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""} | environment,
         check=False,
     )
 
@@ -27,9 +27,11 @@ def options(tmp_path):
 def error_line(done):
     """The one line that an error is."""
     assert done.returncode == 1, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line]
     assert "Traceback" not in done.stderr
-    return lines[-1]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert done.stderr.rstrip().endswith(lines[0])
+    return lines[0]
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def test_train_starts_its_workers_and_goes_on(tmp_path, text):
     assert done.returncode == 0, done.stderr
     assert "2 ranks (dp 1 x cp 2 x tp 1, zigzag, cpu)" in done.stderr
     assert "Trained 4 of 6 steps, 512 tokens." in done.stderr
-    assert f"baton train {tmp_path}/run/config.yaml --resume" in done.stderr
+    assert f"baton train {tmp_path}/run/config.yaml --resume\n" in done.stderr
     again = baton("train", f"{tmp_path}/run/config.yaml", "--resume")
     assert again.returncode == 0, again.stderr
     assert "goes on after step 4" in again.stderr
@@ -67,12 +69,16 @@ def test_torchrun_gives_the_ranks(tmp_path, text):
     variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     done = baton("train", "quickstart", *options(tmp_path), "--input", str(text), "schedule.steps=2", **variables)
     assert done.returncode == 0, done.stderr
+    assert "on 1 ranks" in done.stderr
     assert "Trained 2 of 2 steps" in done.stderr
 
 
 def test_errors_before_anything_starts(tmp_path, text):
     assert error_line(baton("train", "nowhere.yaml")).startswith("error: nowhere.yaml: no such file")
     assert "model.d_model is 'x'" in error_line(baton("train", "quickstart", "model.d_model=x"))
+    (tmp_path / "run").write_text("a file")
+    assert "is no folder that can be written" in error_line(baton("train", "quickstart", *options(tmp_path), "--nproc", "1"))
+    (tmp_path / "run").unlink()
     assert "--nproc is 'many', allowed: auto, or 1 and more" in error_line(baton("train", "quickstart", "--nproc", "many"))
     missing = baton("train", "quickstart", *options(tmp_path), "--input", str(tmp_path / "nowhere.txt"), "--nproc", "1")
     assert "nowhere.txt: cannot be read: No such file" in error_line(missing)

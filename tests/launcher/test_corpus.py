@@ -17,10 +17,10 @@ def test_files_folders_lines_and_gz(tmp_path):
     (tmp_path / "folder" / "deep" / "b.md.gz").write_bytes(gzip.compress(b"beta"))
     (tmp_path / "folder" / "image.png").write_bytes(b"\x89PNG")
     (tmp_path / "folder" / "broken.txt").write_bytes(b"\xff\xfe")
-    (tmp_path / "folder" / "lines.jsonl").write_text('{"text": "gamma"}\n\n{"text": "delta"}\n')
+    (tmp_path / "folder" / "lines.jsonl").write_text('{"text": "gamma"}\n\n{"text": "del\u2028ta"}\n')
     (tmp_path / "named.weird").write_text("epsilon")
     found = list(documents([str(tmp_path / "folder"), str(tmp_path / "named.weird")], FAR))
-    assert sorted(found) == ["alpha", "beta", "delta", "epsilon", "gamma"]
+    assert sorted(found) == ["alpha", "beta", "del\u2028ta", "epsilon", "gamma"]
     assert list(documents([str(tmp_path / "folder"), str(tmp_path / "named.weird")], FAR)) == found
 
 
@@ -42,9 +42,11 @@ def write(path, content):
         ("empty.txt", b" \n", "the file is empty"),
         ("binary.txt", b"ok\xff\xfe", "no UTF-8 text at byte 2"),
         ("cut.txt.gz", gzip.compress(b"text" * 99)[:-9], "cannot be read"),
-        ("lines.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', ':2: allowed: a JSON object with "text"'),
+        ("damaged.txt.gz", gzip.compress(b"text" * 99)[:12] + b"!!!!!!!!", "cannot be read"),
+        ("lines.jsonl", b'{"text": "\\ud800"}', ":1: allowed: a JSON object"),
+        ("lines.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', ':2: allowed: a JSON object whose "text" is a string'),
         ("lines.jsonl", b"nonsense\n", ":1: allowed: a JSON object"),
-        ("lines.jsonl", json.dumps({"text": 5}).encode(), ':1: "text" is no string'),
+        ("lines.jsonl", json.dumps({"text": 5}).encode(), ':1: allowed: a JSON object whose "text" is a string'),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):

@@ -52,7 +52,11 @@ def test_damaged_token_files_are_named(tmp_path):
     binary.write_bytes(binary.read_bytes()[:-5])
     with pytest.raises(UserError, match=r"train.bin: \d+ bytes, its index says \d+"):
         TokenStream(config.data.folder, "train")
-    (config.data.folder / "validation.idx").write_bytes(b"nonsense" * 9)
+    index = config.data.folder / "validation.idx"
+    index.write_bytes(index.read_bytes()[:20])
+    with pytest.raises(UserError, match="validation.idx: damaged"):
+        TokenStream(config.data.folder, "validation")
+    index.write_bytes(b"nonsense" * 9)
     with pytest.raises(UserError, match="validation.idx: no index"):
         TokenStream(config.data.folder, "validation")
     binary.unlink()
@@ -66,6 +70,31 @@ def test_a_tokenizer_too_large_for_the_model(tmp_path):
     prepare(config)
     with pytest.raises(UserError, match="288 tokens, more than model.vocab_size, 280"):
         read_tokenizer(small_run(tmp_path, ["data.tokenizer.kind=bpe", "model.vocab_size=280"], text))
+
+
+def test_a_vocabulary_without_all_bytes(tmp_path):
+    with pytest.raises(UserError, match="model.vocab_size is 100, allowed: at least 257"):
+        prepare(small_run(tmp_path, ["model.vocab_size=100"], corpus(tmp_path)))
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "data").mkdir()
+    prepare(small_run(tmp_path, [], corpus(tmp_path)))
+    assert (tmp_path / "data" / "train.bin").is_file()
+
+
+def refuse_token(rank, config):
+    from baton.parallel.mesh import build_mesh
+
+    loader = Loader(Samples(Numbers(1000), 64, seed=None), config, build_mesh(config.parallel, "cpu"), torch.device("cpu"))
+    list(loader.step(0))
+    with pytest.raises(UserError, match="numbers has token 384, model.vocab_size is 288"):
+        list(loader.step(4))
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(pool, tmp_path):
+    pool.run(1, refuse_token, small_run(tmp_path, [], None))
 
 
 class Numbers:
@@ -105,7 +134,7 @@ def batches(rank, config, tmp_path):
 
 def test_ranks_share_each_micro_step(pool, tmp_path):
     """dp 2 x cp 2, zigzag: sequences over dp, tokens over cp, labels one ahead, also where a segment ends."""
-    config = small_run(tmp_path, ["parallel.cp=2", "batch.sequences=4", "batch.micro_steps=2"], None, world=4)
+    config = small_run(tmp_path, ["parallel.cp=2", "batch={sequences: 4, micro_steps: 2}", "model.vocab_size=1024"], None, world=4)
     ranks = pool.run(4, batches, config, tmp_path)
     samples = Samples(Numbers(1000), config.data.context, seed=0)
     for ids, labels, _ in (batch for rank in ranks for batch in rank[:2]):

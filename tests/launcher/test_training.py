@@ -126,6 +126,57 @@ def test_a_checkpoint_has_optimizer_and_random_state(pool, tmp_path, text):
         assert consumed == 2
 
 
+@pytest.mark.slow
+def test_fp32_training_is_the_same_on_any_mesh(pool, tmp_path, text):
+    """Twenty AdamW steps, B and C shared by the tp ranks: the losses differ by less than 1e-4."""
+    common = ["model.mamba2.groups=1", "schedule.steps=20", "evaluation.every=100", "checkpoint.every=100"]
+    meshes = {1: [], 4: ["parallel.cp=4", "parallel.layout=zigzag"], 2: ["parallel.cp=2", "parallel.tp=2"]}
+    runs = [small_run(tmp_path, [*common, *extra], text, 1 if not extra else 4, f"run-{name}") for name, extra in meshes.items()]
+    for config, world in zip(runs, (1, 4, 4), strict=True):
+        assert pool.run(world, train, config) == [None] * world
+    reference = losses(runs[0])
+    assert len(reference) == 20
+    for config in runs[1:]:
+        found = losses(config)
+        assert max(abs(found[step][0] - loss) for step, (loss, _) in reference.items()) < 1e-4
+
+
+def bad_gradient(rank, config):
+    from baton.launcher.training.loop import Trainer
+
+    trainer = Trainer(config, Environment(rank, dist.get_world_size(), torch.device("cpu")))
+    batches = list(trainer.train_data.step(0))
+    trainer._accumulate_gradients(batches, torch.tensor(64))
+    found = [trainer._first_bad_output(batches)]
+    local_part(trainer.model.layers[1].feed_forward_norm.weight.grad).fill_(float("inf"))
+    return [*found, trainer._first_bad_gradient()]
+
+
+def test_the_group_with_a_bad_gradient_is_named(pool, tmp_path, text):
+    config = small_run(tmp_path, ["parallel.cp=2"], text, 2)
+    prepare(config)
+    assert pool.run(2, bad_gradient, config) == [[None, "the gradients of layers.1.feed_forward_norm"]] * 2
+
+
+def test_a_resumed_run_keeps_to_its_config(pool, tmp_path, text):
+    """Optimizer settings are the config's, not the checkpoint's; another data order or context is refused."""
+    config = small_run(tmp_path, [], text)
+    pool.run(1, train, config, False, 2)
+    other = small_run(tmp_path, ["optimizer.weight_decay=0.5", "optimizer.betas=[0.5, 0.6]"], text)
+    assert pool.run(1, resumed_settings, other)[0] == ((0.5, 0.6), 0.5)
+    assert "its seed is 0, now 5" in pool.run(1, train, small_run(tmp_path, ["seed=5"], text), True)[0]
+    assert "its data.context is 64, now 32" in pool.run(1, train, small_run(tmp_path, ["data.context=32"], text), True)[0]
+
+
+def resumed_settings(rank, config):
+    from baton.launcher.training.loop import Trainer
+
+    trainer = Trainer(config, Environment(rank, dist.get_world_size(), torch.device("cpu")))
+    trainer.resume()
+    group = trainer.optimizer.param_groups[0]
+    return tuple(group["betas"]), group["weight_decay"]
+
+
 def test_what_a_run_leaves(pool, tmp_path, text):
     config = small_run(tmp_path, [], text)
     pool.run(1, train, config)
@@ -148,6 +199,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(pool, tmp_path, text):
     assert [path.name for path in checkpoints(config.run)] == [f"step-{step - 1:08d}"]
     assert read_manifest(checkpoints(config.run)[0])["step"] == step - 1
     assert all(math.isfinite(loss) for loss, _ in losses(config).values())
+
+
+def test_a_checkpoint_that_cannot_be_written(pool, tmp_path, text):
+    config = small_run(tmp_path, [], text)
+    config.run.mkdir()
+    (config.run / "checkpoints").write_text("a file where a folder should be")
+    message = pool.run(1, train, config)[0]
+    assert message == f"{config.run}/checkpoints/step-00000002: cannot be written: [Errno 20] Not a directory: " + repr(
+        f"{config.run}/checkpoints/step-00000002.partial"
+    )
 
 
 def test_checkpoints_that_cannot_be_used_say_why(pool, tmp_path, text):

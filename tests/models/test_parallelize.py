@@ -32,14 +32,19 @@ def test_fp64_is_exact(pool, mesh, layout, groups):
         assert found[worst] <= 1e-10, f"{worst}: {found[worst]}"
 
 
-@pytest.mark.parametrize("mesh", ["cp4", "tp2-cp2"])
-def test_fp32_is_as_good_as_one_device(pool, mesh):
-    """The error against fp64 is at most twice that of one device in fp32, or 1e-5."""
+@pytest.mark.parametrize(("mesh", "layout", "groups"), CASES)
+def test_fp32_is_as_good_as_one_device(pool, mesh, layout, groups):
+    """The error against fp64 is at most twice that of one device in fp32, or 1e-5.
+
+    A router whose two best experts tie would choose otherwise in fp32, and the comparison mean nothing: these choices do not tie.
+    """
     world, degrees = MESHES[mesh]
-    reference = run_alone(tiny_config(["precision=fp64"]))
-    alone = errors(run_alone(tiny_config([])), reference)
-    outcome = pool.run(world, run_sharded, tiny_config(degrees, world))[0]
-    for name, error in errors(outcome, reference).items():
+    model = [f"model.mamba2.groups={groups}"]
+    exact, single = (run_alone(tiny_config([*model, f"precision={precision}"])) for precision in ("fp64", "fp32"))
+    outcome = pool.run(world, run_sharded, tiny_config([*model, *degrees, f"parallel.layout={layout}"], world))[0]
+    assert exact.choices == single.choices == outcome.choices
+    alone = errors(single, exact)
+    for name, error in errors(outcome, exact).items():
         assert error <= max(2 * alone[name], 1e-5), f"{name}: {error}, one device {alone[name]}"
 
 
@@ -68,7 +73,6 @@ def dtypes_inside_forward(rank, config):
     losses = model(ids, labels, positions)
     (losses.cross_entropy + losses.auxiliary).backward()
     seen["loss"] = losses.cross_entropy.dtype
-    seen["gradients"] = {p.grad.dtype for p in model.parameters()}
     return seen
 
 
@@ -81,7 +85,6 @@ def test_bf16_keeps_what_must_be_fp32(pool):
     assert seen["layers.0.mixer.ssm"] == torch.bfloat16
     assert seen["layers.1.feed_forward.experts"] == torch.bfloat16
     assert seen["loss"] == torch.float32
-    assert seen["gradients"] == {torch.float32}
 
 
 def build_without_positions(rank, config):

@@ -23,7 +23,7 @@ def test_zigzag_gives_even_causal_work():
 def test_places_are_in_sequence_order():
     layout = Layout("zigzag", 3)
     assert layout.owners == [0, 1, 2, 2, 1, 0]
-    assert layout.places() == [(0, 0), (1, 0), (2, 0), (2, 1), (1, 1), (0, 1)]
+    assert layout.places == [(0, 0), (1, 0), (2, 0), (2, 1), (1, 1), (0, 1)]
 
 
 def test_shard():

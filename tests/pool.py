@@ -59,12 +59,14 @@ class WorkerPool:
             worker.start()
 
     def stop(self) -> None:
-        """Ends every worker and waits until it is gone."""
-        for worker in self.workers:
+        """Ends every worker and waits until it is gone. Raises RuntimeError when one stays."""
+        ended, self.workers = self.workers, []
+        for worker in ended:
             worker.kill()
-        for worker in self.workers:
-            worker.join()
-        self.workers = []
+        for worker in ended:
+            worker.join(10)
+            if worker.is_alive():
+                raise RuntimeError(f"worker {worker.pid} does not end")
 
 
 def _work(tasks: Any, results: Any) -> None:

@@ -9,7 +9,7 @@ CONFIG ?= configs/quickstart.yaml
 # The folders here have names (`kernels`) that packages elsewhere have too: never search the working folder for imports.
 export PYTHONSAFEPATH := 1
 
-.PHONY: train test test-quick lint install clean
+.PHONY: help train test test-quick lint install clean
 .DEFAULT_GOAL := help
 
 help:

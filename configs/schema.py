@@ -150,6 +150,14 @@ class ParallelConfig(Section):
     """Data. `auto`: the ranks that the other degrees leave."""
     layout: Literal["contiguous", "zigzag"] = "contiguous"
     """Which parts of the sequence a cp rank holds; zigzag balances causal attention."""
+    strategy: Literal["auto", "ring", "allgather", "doubling", "sliced"] = "auto"
+    """How boundary states pass over cp. `auto`: the fastest by latency and bandwidth, see `links`."""
+    transport: Literal["fp32", "bf16"] = "fp32"
+    """What boundary states travel as; they accumulate in fp32."""
+    attention: Literal["auto", "ulysses", "ring", "usp", "allgather"] = "auto"
+    """How attention works over cp. `auto`: by heads, ranks and length."""
+    links: Path | None = None
+    """Latency and bandwidth as `baton bench exchange` measured and wrote them; none: defaults of the backend."""
 
     def degrees(self, world: int) -> "Degrees":
         """Numbers for `auto`, on `world` ranks. Raises KeyedError when the degrees do not multiply to it."""
@@ -192,6 +200,8 @@ class DataConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     context: Count
     """Tokens in a sequence."""
+    documents: Literal["single", "packed"] = "single"
+    """packed: a sequence's documents do not see each other; single: a sequence is one document, whatever it is cut from."""
 
 
 class BatchConfig(Section):
@@ -278,6 +288,7 @@ class Config(Section):
     def _check_parts(self) -> None:
         check_tensor_degree(self.model, self.parallel.tp)
         check_context(self.model, self.parallel, self.data.context)
+        check_attention(self.model, self.parallel)
         per_micro_step = self.batch.sequences // self.batch.micro_steps
         if self.parallel.dp != "auto" and per_micro_step % self.parallel.dp:
             raise KeyedError(
@@ -342,11 +353,33 @@ def check_context(model: ModelConfig, parallel: ParallelConfig, context: int) ->
             f"is {parallel.cp}, whose {segments} {parallel.layout} segments do not divide data.context ({context}); "
             f"data.context={below} would, or cp of {_fitting_cp(parallel, context, reach)}",
         )
-    if segments > 1 and any(layer.mixer == "mamba2" for layer in model.layers) and context // segments < reach:
+    if segments == 1 or all(layer.mixer != "mamba2" for layer in model.layers):
+        return
+    if context // segments < reach:
         raise KeyedError(
             "parallel.cp",
             f"is {parallel.cp}: a segment of {context // segments} tokens is shorter than the conv's reach, {reach}; "
             f"allowed: cp of {_fitting_cp(parallel, context, reach)}",
+        )
+    chunks = math.ceil(context / model.mamba2.chunk_size)
+    if parallel.cp != "auto" and parallel.cp > chunks:
+        raise KeyedError(
+            "parallel.cp",
+            f"is {parallel.cp}, more ranks than the {chunks} chunks of model.mamba2.chunk_size ({model.mamba2.chunk_size}) "
+            f"in data.context ({context}); allowed: cp of 1 to {chunks}, or a chunk_size of at most {context // parallel.cp}",
+        )
+
+
+def check_attention(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raises KeyedError where Ulysses cannot deal the heads out evenly."""
+    cp = 1 if parallel.cp == "auto" else parallel.cp
+    heads = model.attention.heads // parallel.tp
+    if parallel.attention == "ulysses" and any(layer.mixer == "attention" for layer in model.layers) and heads % cp:
+        fits = ", ".join(str(degree) for degree in range(1, heads + 1) if heads % degree == 0)
+        raise KeyedError(
+            "parallel.attention",
+            f"is ulysses: {heads} heads (model.attention.heads over tp {parallel.tp}) do not divide over cp {cp}; "
+            f"allowed: usp, ring, allgather, auto, or cp of {fits}",
         )
 
 

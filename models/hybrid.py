@@ -1,13 +1,14 @@
 """The hybrid language model: single-device code; `parallelize` wires it to a mesh."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..configs.pattern import LayerKinds
 from ..configs.schema import ModelConfig
+from ..kernels.documents import Documents
 from .initialization import initialize
 from .mixers.attention import Attention
 from .mixers.mamba2 import Mamba2
@@ -38,9 +39,11 @@ class Layer(nn.Module):
             self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
             self.feed_forward = BUILDERS[kinds.feed_forward](config)
 
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, positions: Tensor | None = None, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """x [b, l, d], positions [l] -> x, and the layer's auxiliary loss if it has one."""
-        x = x + self.mixer(self.mixer_norm(x), positions)
+        x = x + self.mixer(self.mixer_norm(x), positions, documents)
         if self.kinds.feed_forward is None:
             return x, None
         y, auxiliary = self.feed_forward(self.feed_forward_norm(x)), None
@@ -68,19 +71,28 @@ class HybridModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.packed = False
+        """Whether sequences are packed documents, so that none may come without saying where they lie."""
+        self.strategies: Any = None
+        """How the sequence's parts meet over ranks, `parallelize.Strategies`, where it is sharded."""
         self.embedding = Embedding(config.vocab_size, config.d_model)
         self.layers: list[Layer] = nn.ModuleList(Layer(config, kinds) for kinds in config.layers)  # type: ignore[assignment]
         self.head = Head(config)
 
-    def forward(self, ids: Tensor, labels: Tensor | None = None, positions: Tensor | None = None) -> Tensor | Losses:
+    def forward(
+        self, ids: Tensor, labels: Tensor | None = None, positions: Tensor | None = None, documents: Documents | None = None
+    ) -> Tensor | Losses:
         """Logits [b, l, vocab] of ids [b, l]; with labels [b, l] (already shifted, IGNORED counts nothing), the losses.
 
-        positions [l] are the tokens' places in the whole sequence; None: 0 to l - 1.
+        positions [l] are the tokens' places in the whole sequence; None: 0 to l - 1. documents: of packed sequences; a label
+        at a document's end is the caller's to ignore. Raises ValueError without them where the data is known to be packed.
         """
+        if self.packed and documents is None:
+            raise ValueError("the data is packed (data.documents) and no documents came with it: see Layout.documents")
         x = self.embedding(ids)
         auxiliary = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         for layer in self.layers:
-            x, extra = layer(x, positions)
+            x, extra = layer(x, positions, documents)
             if extra is not None:
                 auxiliary = auxiliary + extra
         out = self.head(x, labels)

@@ -1,19 +1,22 @@
 """The one place where a single-device model meets a mesh: sharding tables, sequence-sharded twins, FSDP."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from ..configs.schema import Config, ParallelConfig, check_tensor_degree
+from ..configs.schema import Config, check_tensor_degree
 from ..parallel.affine_scan import SequenceScan
-from ..parallel.attention import SequenceAttention
+from ..parallel.attention import ATTENTION_FLOPS, SequenceAttention, choose_attention
+from ..parallel.attention import Strategy as AttentionStrategy
 from ..parallel.collectives import all_sum, copy_to, reduce_from
 from ..parallel.halo import SequenceHalo
 from ..parallel.layout import Layout
+from ..parallel.links import Link, Links, Place, choose
 from ..parallel.mesh import Mesh
 from ..parallel.vocabulary import VocabularyShards
 from .hybrid import HybridModel, initialize_part
@@ -26,6 +29,8 @@ from .vocabulary import Embedding, Projection
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 """Of the parameters, by the config's precision."""
+ACTIVATION_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
+"""Of an element, by the config's precision."""
 
 
 def build_sharded_model(config: Config, mesh: Mesh, device: torch.device) -> HybridModel:
@@ -36,7 +41,8 @@ def build_sharded_model(config: Config, mesh: Mesh, device: torch.device) -> Hyb
     check_tensor_degree(config.model, mesh.size("tp"))
     with torch.device("meta"):
         model = HybridModel(config.model).to(DTYPES[config.precision])
-    shard_sequence(model, config.parallel, mesh)
+    model.packed = config.data.documents == "packed"
+    shard_sequence(model, config, mesh, device)
     for name, part in model.parts().items():
         part.to_empty(device=device)
         initialize_part(part, name, config.model, config.seed)
@@ -46,24 +52,71 @@ def build_sharded_model(config: Config, mesh: Mesh, device: torch.device) -> Hyb
     return model
 
 
-def shard_sequence(model: HybridModel, parallel: ParallelConfig, mesh: Mesh) -> None:
-    """Gives every operation that mixes tokens its twin over the cp axis. Raises ValueError for a mixer that has none."""
+def shard_sequence(model: HybridModel, config: Config, mesh: Mesh, device: torch.device) -> None:
+    """Gives every operation that mixes tokens its twin over the cp axis. All ranks call it, since they agree on `auto`.
+
+    Raises ValueError for a mixer that has no such twin, and UserError for a file of links that cannot be read.
+    """
     if mesh.size("dp_cp") > 1:
         for module in _of(model, MoE):
             module.sum_over_tokens = lambda statistics: reduce_from(statistics, mesh.group("dp_cp"))
     if mesh.size("cp") == 1:
         return
-    layout, group = Layout(parallel.layout, mesh.size("cp")), mesh.group("cp")
+    layout, group = Layout(config.parallel.layout, mesh.size("cp")), mesh.group("cp")
+    assert mesh.states is not None
     for layer in model.layers:
         if not getattr(layer.mixer, "sequence_sharded", False):
             raise ValueError(f"mixer {layer.kinds.mixer} has no sharded version: parallel.cp must be 1")
+    strategies = model.strategies = choose_strategies(config, mesh, device)
+    transport = torch.bfloat16 if config.parallel.transport == "bf16" else None
     for module in _of(model, StateSpace):
-        module.scan = SequenceScan(layout, group)
+        module.scan = SequenceScan(layout, mesh.states, strategies.exchange, transport)
     for module in _of(model, ShortConv):
         module.halo = SequenceHalo(layout, group)
     for module in _of(model, Attention):
-        module.attend = SequenceAttention(layout, group)
+        module.attend = SequenceAttention(layout, group, strategies.attention)
     model.register_forward_pre_hook(_require_positions, with_kwargs=True)
+
+
+class Strategies(NamedTuple):
+    """How what mixes tokens passes over cp."""
+
+    exchange: str
+    """Of boundary states: a key of `parallel.affine_scan.STRATEGIES`."""
+    attention: AttentionStrategy
+
+
+def choose_strategies(config: Config, mesh: Mesh, device: torch.device) -> Strategies:
+    """The config's strategies, the fastest by the links' latency and bandwidth for those that are `auto`; alike on all ranks.
+
+    Raises UserError for a file of links that cannot be read.
+    """
+    parallel, model = config.parallel, config.model
+    layout, tp = Layout(parallel.layout, mesh.size("cp")), mesh.size("tp")
+    link = _link(config, mesh, device)
+    b = max(1, config.batch.sequences // config.batch.micro_steps // mesh.size("dp"))
+    exchange, attention = parallel.strategy, parallel.attention
+    if exchange == "auto":
+        states = b * model.inner * model.mamba2.state_dim // tp
+        heads = b * model.inner // model.mamba2.head_dim // tp
+        size = 2 if parallel.transport == "bf16" else 4
+        exchange = choose(layout, states * size, heads * 4, link, size)  # type: ignore[assignment]
+    if attention == "auto":
+        sizes = model.attention
+        heads, kv_heads = sizes.heads // tp, max(1, sizes.kv_heads // tp)
+        tokens, size = config.data.context // layout.ranks, ACTIVATION_BYTES[config.precision]
+        flops = ATTENTION_FLOPS[device.type]
+        attention = choose_attention(layout, b, tokens, heads, kv_heads, sizes.head_dim, size, link, flops)
+    return Strategies(exchange, attention)
+
+
+def _link(config: Config, mesh: Mesh, device: torch.device) -> Link:
+    """As one rank knows it, for all: others may see another file, and ranks that chose differently would wait for ever."""
+    group = mesh.group("cp")
+    links = Links(measured={}) if config.parallel.links is None else Links.read(config.parallel.links)
+    known = [links.find(Place.of(group, device))]
+    dist.broadcast_object_list(known, group=group, group_src=0, device=device)
+    return known[0]
 
 
 def shard_tensors(part: nn.Module, mesh: Mesh) -> None:

@@ -4,17 +4,36 @@ copy_to       the same value everywhere, used differently by each rank    forwar
 reduce_from   each rank has a part of a sum that all use alike            forward all-reduce  backward nothing
 all_sum       a sum of parts that each rank uses differently              forward all-reduce  backward all-reduce
 all_gather    every rank's tensor, which each rank uses differently      forward all-gather  backward reduce-scatter
+
+They are looked up in torch.distributed when they run, where `recorder` counts them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Their names since torch 2.13, else those before.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+from .recorder import note_round
+
+
+def gather_single(out: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
+    """Every rank's `own`, one after another along dim 0, under the name that this torch has for it."""
+    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(out, own, group=group)
+
+
+def scatter_single(out: Tensor, whole: Tensor, group: dist.ProcessGroup) -> None:
+    """The sum of every rank's `whole`, this rank's part of its dim 0, under the name that this torch has for it."""
+    (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(out, whole, group=group)
+
+
+def point_to_point(operations: Sequence[dist.P2POp], group: dist.ProcessGroup) -> Sequence[dist.Work]:
+    """Starts one round of messages, in which this rank may have none."""
+    if not operations:
+        note_round("batch_isend_irecv", group)
+        return []
+    return dist.batch_isend_irecv(list(operations))
 
 
 def copy_to(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -70,11 +89,11 @@ class _AllGather(torch.autograd.Function):
         ctx.group = group
         out = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
         # gloo wants the parts one after another along the first dim.
-        _all_gather_single(out.flatten(0, 1), tensor.contiguous(), group=group)
+        gather_single(out.flatten(0, 1), tensor.contiguous(), group)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         out = torch.empty_like(grad[0], memory_format=torch.contiguous_format)
-        _reduce_scatter_single(out, grad.contiguous().flatten(0, 1), group=ctx.group)
+        scatter_single(out, grad.contiguous().flatten(0, 1), ctx.group)
         return out, None

@@ -1,58 +1,92 @@
 """The tokens just before each segment, which a short causal convolution needs: point to point, with the gradient's way back."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..kernels.scan import without_memory
 from .layout import Layout
+from .segments import Passing, Segments
 
 
 class SequenceHalo:
     """Hands the last tokens of each segment to the one after it, wherever that lies."""
 
     def __init__(self, layout: Layout, group: dist.ProcessGroup) -> None:
-        self.owners, self.group = layout.owners, group
-        self.rank = dist.get_rank(group)
-        self.own = layout.segments(self.rank)
+        self.sequence = Segments(tuple(layout.owners), group)
         self.segments = layout.segments_per_rank
 
-    def exchange(self, tails: Tensor) -> Tensor:
-        """The last tokens of each segment here, [b, m, w, c] -> those before each segment here; zeros before the first."""
-        return _Exchange.apply(tails, self)
+    def start(self, tails: Tensor) -> "Halo":
+        """The last tokens of each segment here, [b, m, w, c], set out; computation goes on until `Halo.wait`."""
+        travelling = _Travelling(self, tails.shape)
+        return Halo(_Start.apply(tails, travelling), travelling)
 
-    def pass_on(self, tensors: Tensor, step: int) -> Tensor:
-        """Segment i's tensor [b, m, ...] goes to segment i + step; what comes to the segments here, zeros where nothing does."""
-        out = torch.zeros_like(tensors)
-        operations, arriving = [], []
-        for place, segment in enumerate(self.own):
-            target, source = segment + step, segment - step
-            if 0 <= target < len(self.owners):
-                if self.owners[target] == self.rank:
-                    out[:, self.own.index(target)] = tensors[:, place]
-                else:
-                    operations.append(self._operation(dist.isend, tensors[:, place].contiguous(), target, target))
-            if 0 <= source < len(self.owners) and self.owners[source] != self.rank:
-                buffer = torch.empty_like(tensors[:, place], memory_format=torch.contiguous_format)
-                operations.append(self._operation(dist.irecv, buffer, source, segment))
-                arriving.append((place, buffer))
-        for work in dist.batch_isend_irecv(operations) if operations else []:
-            work.wait()
-        for place, buffer in arriving:
-            out[:, place] = buffer
+    def pass_on(self, tensors: Tensor, step: int) -> Passing:
+        """Segment i's tensor [b, m, ...] goes to segment i + step."""
+        own, n = self.sequence.own, len(self.sequence.owners)
+        outgoing = dict(zip(own, tensors.unbind(1), strict=True))
+        sources = range(max(0, -step), min(n, n - step))
+        return self.sequence.pass_on(outgoing, sources, step, tensors[:, 0])
+
+    def stack(self, arrived: dict[int, Tensor], shape: torch.Size, like: Tensor) -> Tensor:
+        """What came to the segments here, [b, m, ...]; zeros where nothing did."""
+        out = like.new_zeros(shape)
+        for place, segment in enumerate(self.sequence.own):
+            if segment in arrived:
+                out[:, place] = arrived[segment]
         return out
 
-    def _operation(self, kind: Any, buffer: Tensor, segment: int, tag: int) -> dist.P2POp:
-        return dist.P2POp(kind, buffer, group=self.group, group_peer=self.owners[segment], tag=tag)
+
+@dataclass
+class _Travelling:
+    """What is on its way, first forwards, later backwards."""
+
+    halo: SequenceHalo
+    shape: torch.Size
+    passing: Passing | None = None
+
+    def wait(self, like: Tensor) -> Tensor:
+        assert self.passing is not None
+        arrived, self.passing = self.passing.wait(), None
+        return self.halo.stack(arrived, self.shape, like)
 
 
-class _Exchange(torch.autograd.Function):
+@dataclass(frozen=True)
+class Halo:
+    """The tokens before each segment, on their way."""
+
+    ticket: Tensor
+    travelling: _Travelling
+
+    def wait(self) -> Tensor:
+        """The tokens before each segment here, [b, m, w, c]; zeros before the first."""
+        return _Wait.apply(self.ticket, self.travelling)
+
+
+class _Start(torch.autograd.Function):
+    """Forward starts the exchange, backward waits for that of the gradients, which `_Wait.backward` started."""
+
     @staticmethod
-    def forward(ctx: Any, tails: Tensor, halo: SequenceHalo) -> Tensor:
-        ctx.halo = halo
-        return halo.pass_on(tails, 1)
+    def forward(ctx: Any, tails: Tensor, travelling: _Travelling) -> Tensor:
+        ctx.travelling = travelling
+        travelling.passing = travelling.halo.pass_on(tails, 1)
+        return without_memory(tails)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.halo.pass_on(grad, -1), None
+        return ctx.travelling.wait(grad), None
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, travelling: _Travelling) -> Tensor:
+        ctx.travelling = travelling
+        return travelling.wait(ticket)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.travelling.passing = ctx.travelling.halo.pass_on(grad, -1)
+        return grad, None

@@ -1,11 +1,14 @@
 """Which contiguous segments of the sequence each rank of the cp axis holds."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from ..kernels.documents import Documents, pack_documents
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,16 @@ class Layout:
         run = self.check(length)
         starts = torch.tensor(self.segments(rank), device=device) * run
         return (starts[:, None] + torch.arange(run, device=device)).flatten()
+
+    def documents(self, cu_seqlens: Sequence[Sequence[int]], rank: int, device: torch.device | None = None) -> Documents:
+        """A rank's `Documents` of packed sequences, each given by its boundaries [0, ..., L].
+
+        Raises ValueError as `check` and `pack_documents`, and for sequences of different lengths.
+        """
+        lengths = {row[-1] for row in cu_seqlens}
+        if len(lengths) != 1:
+            raise ValueError(f"cu_seqlens end at {sorted(lengths)}, allowed: one length for all sequences")
+        return pack_documents(cu_seqlens, self.positions(rank, lengths.pop(), device))
 
     def shard(self, whole: Tensor, rank: int, dim: int = 1) -> Tensor:
         """A rank's tokens of a whole sequence along `dim`. Raises ValueError as `check`."""

@@ -15,10 +15,13 @@ class Mesh:
     """Ranks arranged as pp x dp x cp x tp, tp innermost (neighbours on one node).
 
     data is dp and cp as one axis, "dp_cp": parameters are sharded and gradients summed over it.
+    states is this rank's cp axis, if longer than 1, in a group of its own, for exchanges that run beside the computation: a
+    DeviceMesh may give axes of the same ranks one group, and collectives of two threads on one group would meet the wrong partners.
     """
 
     dense: DeviceMesh
     data: DeviceMesh
+    states: dist.ProcessGroup | None = None
     neighbours: dict[int, dist.ProcessGroup] = field(default_factory=dict, compare=False)
 
     @property
@@ -52,4 +55,8 @@ def build_mesh(parallel: ParallelConfig, device_type: str) -> Mesh:
     """Lays the default process group out as `parallel` says. Raises ValueError when the degrees do not multiply to it."""
     sizes = parallel.degrees(dist.get_world_size())
     dense = init_device_mesh(device_type, (sizes.pp, sizes.dp, sizes.cp, sizes.tp), mesh_dim_names=AXES)
-    return Mesh(dense, dense["dp", "cp"]._flatten("dp_cp"))
+    states = None
+    if sizes.cp > 1:
+        axes = dense.mesh.movedim(AXES.index("cp"), -1).reshape(-1, sizes.cp).tolist()
+        states, _ = dist.new_subgroups_by_enumeration(axes, group_desc="mesh_states")
+    return Mesh(dense, dense["dp", "cp"]._flatten("dp_cp"), states)

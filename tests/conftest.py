@@ -7,7 +7,7 @@ from pool import WorkerPool
 
 @pytest.fixture(scope="session")
 def pool():
-    """Four worker processes for the whole session."""
-    workers = WorkerPool(4)
+    """Worker processes for the whole session."""
+    workers = WorkerPool()
     yield workers
     workers.stop()

@@ -2,30 +2,33 @@
 
 import multiprocessing
 import os
+import pickle
 import queue
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 TIMEOUT = 120.0
 
 
 class WorkerPool:
-    """Runs a function on the ranks of a gloo group, worlds up to `size`. A failure ends all workers; the next run starts anew."""
+    """Runs a function on the ranks of a gloo group; workers start when a world first needs them.
 
-    def __init__(self, size: int = 4) -> None:
-        self.size = size
+    A failure ends all workers; the next run starts anew.
+    """
+
+    def __init__(self) -> None:
         self.workers: list[Any] = []
         self.tasks: list[Any] = []
         self.results: Any = None
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
         """`function(rank, *args)` on each rank -> results by rank. Raises RuntimeError with the first traceback."""
-        if not self.workers:
-            self._start()
+        self._start(world)
         with tempfile.TemporaryDirectory() as folder:
             for rank in range(world):
                 self.tasks[rank].put((function, args, rank, world, f"{folder}/rendezvous", timeout))
@@ -47,16 +50,17 @@ class WorkerPool:
             if not good:
                 self.stop()
                 raise RuntimeError(f"rank {rank} of {world} failed:\n{value}")
-            found[rank] = value
+            found[rank] = pickle.loads(value)
         return [found[rank] for rank in range(world)]
 
-    def _start(self) -> None:
+    def _start(self, world: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self.results = context.Queue()
-        self.tasks = [context.Queue() for _ in range(self.size)]
-        self.workers = [context.Process(target=_work, args=(tasks, self.results), daemon=True) for tasks in self.tasks]
-        for worker in self.workers:
-            worker.start()
+        if not self.workers:
+            self.results, self.tasks = context.Queue(), []
+        while len(self.workers) < world:
+            self.tasks.append(context.Queue())
+            self.workers.append(context.Process(target=_work, args=(self.tasks[-1], self.results), daemon=True))
+            self.workers[-1].start()
 
     def stop(self) -> None:
         """Ends every worker and waits until it is gone. Raises RuntimeError when one stays."""
@@ -80,7 +84,8 @@ def _work(tasks: Any, results: Any) -> None:
         try:
             store = dist.FileStore(path, world)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
-            value = function(rank, *args)
+            # Here, so that what cannot be sent is an error and not an answer that never comes.
+            value = bytes(ForkingPickler.dumps(function(rank, *args)))
             dist.barrier()
             dist.destroy_process_group()
         except BaseException:

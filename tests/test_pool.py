@@ -40,7 +40,7 @@ def is_running(process):
 
 @pytest.fixture(scope="module")
 def own_pool():
-    pool = WorkerPool(2)
+    pool = WorkerPool()
     yield pool
     pool.stop()
 

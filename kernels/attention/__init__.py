@@ -1,3 +1,4 @@
-"""Causal attention of a run of queries over the keys up to its end."""
+"""Causal attention, computed in pieces whose softmaxes are merged by their log-sum-exp; no device ever holds an L x L matrix."""
 
-from .op import causal_attention
+from .op import RunningAttention, attend, attention_gradients, causal_attention, check_operands, document_rows, flat
+from .pieces import Piece, Span, area, cut

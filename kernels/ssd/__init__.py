@@ -1,4 +1,4 @@
 """Mamba-2's state-space scan (SSD)."""
 
-from .op import ssd
+from .op import SSDInFlight, ssd, start_ssd
 from .reference import ssd_sequential

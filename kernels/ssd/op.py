@@ -1,13 +1,22 @@
-"""The SSD operation: argument checks, and one autograd.Function around the four functions with the scan injected."""
+"""The SSD operation: argument checks, and autograd around the four functions with the scan injected, in two halves."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..scan import LocalScan, Scan
-from .reference import chunk_main_grads, chunk_maps, chunk_outputs, chunk_state_grads, make_chunks, pad_and_chunk, unchunk
+from ..scan import LocalScan, Pending, Scan, without_memory
+from .reference import (
+    Chunks,
+    chunk_main_grads,
+    chunk_maps,
+    chunk_outputs,
+    chunk_state_grads,
+    make_chunks,
+    pad_and_chunk,
+    unchunk,
+)
 
 NO_LIMIT = (0.0, float("inf"))
 
@@ -23,10 +32,10 @@ def ssd(
     dt_limit: tuple[float, float] = NO_LIMIT,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
-    document_ids: Tensor | None = None,
+    resets: Tensor | None = None,
     chunk_size: int = 64,
     scan: Scan | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor | None]:
     """Mamba-2's state-space scan, with exact gradients of every tensor argument.
 
         dt' = clamp(softplus(dt + dt_bias), *dt_limit);  S_t = exp(A dt'_t) S_{t-1} + dt'_t x_t B_tᵀ;  y_t = S_t C_t + D x_t
@@ -37,29 +46,84 @@ def ssd(
     B, C          [b, l, g, n]; head i reads group i // (h // g)
     D, dt_bias    [h] or None
     initial_state [b, h, p, n] or None (zero)
-    document_ids  [b, l] integers or None: the state resets where the id differs from the token before
+    resets        [b, l] bool or None: tokens before which the state is forgotten, as at the start of a packed document
     chunk_size    tokens worked on together; the result does not depend on it
     scan          how states pass from chunk to chunk; None: along this tensor. `parallel.affine_scan` has the one over ranks
 
     Computes in fp32 (fp64 for fp64 inputs). Returns y [b, l, h, p] in x's dtype and, if asked for, the final state
-    [b, h, p, n] in the dtype of the computation. Raises ValueError, naming the argument.
+    [b, h, p, n] in the dtype of the computation. Over ranks the initial state is the whole sequence's and is looked at only
+    where that begins, and the final state is None but where it ends. Raises ValueError, naming the argument.
     """
-    scan = scan or LocalScan()
-    _check(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, document_ids, scan)
-    if chunk_size < 1:
-        raise ValueError(f"ssd: chunk_size is {chunk_size}, allowed: 1 and more")
-    resets = None if document_ids is None else document_starts(document_ids)
-    y, final = SSD.apply(x, dt, A, B, C, D, dt_bias, initial_state, resets, dt_limit, chunk_size, scan)
+    y, final = start_ssd(
+        x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, resets=resets, chunk_size=chunk_size, scan=scan
+    ).finish()
     return (y, final) if return_final_state else y
 
 
-def document_starts(document_ids: Tensor) -> Tensor:
-    """[b, l] ids -> [b, l] bool, True at the first token of each document but the first."""
-    return F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
+class SSDInFlight(NamedTuple):
+    """A scan whose states are on the wire: what `finish` does not need of them has been done."""
+
+    carrier: Tensor
+    """Ties both halves together in the autograd graph; [b, l, h, p] without memory behind it."""
+    flight: "_Flight"
+
+    def finish(self) -> tuple[Tensor, Tensor | None]:
+        """Waits for the states -> y [b, l, h, p], and the final state [b, h, p, n] where the sequence ends, else None."""
+        return _Finish.apply(self.carrier, self.flight)
 
 
-class SSD(torch.autograd.Function):
-    """maps -> scan -> outputs, and backwards state gradients -> reverse scan -> main gradients."""
+def start_ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    initial_state: Tensor | None = None,
+    resets: Tensor | None = None,
+    chunk_size: int = 64,
+    scan: Scan | None = None,
+) -> SSDInFlight:
+    """The first half of `ssd`, arguments as there: the states set out, and computation goes on until `SSDInFlight.finish`.
+
+    In backward it is the same: whatever autograd has to do for what was computed in between runs while the gradients of the
+    states are on the wire.
+    """
+    scan = scan or LocalScan()
+    _check(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, resets, scan)
+    if chunk_size < 1:
+        raise ValueError(f"ssd: chunk_size is {chunk_size}, allowed: 1 and more")
+    flight = _Flight(scan, chunk_size)
+    return SSDInFlight(_Start.apply(x, dt, A, B, C, D, dt_bias, initial_state, resets, dt_limit, flight), flight)
+
+
+class _Flight:
+    """What the two halves of one call hand each other; emptied as it is used, so that nothing outlives its need.
+
+    No dataclass: FSDP looks into these for tensors that a module returns, and hooks what is none of its business.
+    """
+
+    def __init__(self, scan: Scan, chunk_size: int) -> None:
+        self.scan, self.chunk_size = scan, chunk_size
+        self.pending: Pending[tuple[Tensor, Tensor | None]] | None = None
+        self.operands: tuple[Any, ...] = ()
+        self.S_in: Tensor | None = None
+
+    def land(self) -> tuple[Tensor, Tensor | None]:
+        """Waits for what is on the wire."""
+        assert self.pending is not None
+        pending, self.pending = self.pending, None
+        return pending.wait()
+
+    def chunks(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, resets: Tensor | None) -> Chunks:
+        """The operands, dt positive, in chunks."""
+        return make_chunks(x, dt, A, B, C, resets, self.scan.segments, self.chunk_size)
+
+
+class _Start(torch.autograd.Function):
+    """Forward: maps, and their scan set out. Backward: the gradients of the states arrive, and from them those of the operands."""
 
     @staticmethod
     def forward(
@@ -74,31 +138,26 @@ class SSD(torch.autograd.Function):
         initial_state: Tensor | None,
         resets: Tensor | None,
         dt_limit: tuple[float, float],
-        chunk_size: int,
-        scan: Scan,
-    ) -> tuple[Tensor, Tensor]:
-        b = x.shape[0]
-        chunks = make_chunks(x, _positive(dt, dt_bias, dt_limit), A, B, C, resets, scan.segments, chunk_size)
-        log_T, U = (t.unflatten(0, (b, -1)) for t in chunk_maps(chunks))
-        S_in, final = scan.forward(log_T, U, initial_state)
-        # A tensor of its own and not a view: FSDP warns of views that a module returns.
-        y = torch.empty_like(x).copy_(unchunk(chunk_outputs(chunks, S_in.flatten(0, 1), D), x.shape, scan.segments))
-        ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, initial_state, resets, log_T, S_in)
-        ctx.settings = dt_limit, chunk_size, scan
-        ctx.set_materialize_grads(False)
-        return y, final
+        flight: _Flight,
+    ) -> Tensor:
+        positive = _positive(dt, dt_bias, dt_limit)
+        log_T, U = (t.unflatten(0, (x.shape[0], -1)) for t in chunk_maps(flight.chunks(x, positive, A, B, C, resets)))
+        flight.pending = flight.scan.start(log_T, U, initial_state)
+        flight.operands = x, positive, A, B, C, D, resets, log_T
+        ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, initial_state, resets)
+        ctx.dt_limit, ctx.flight = dt_limit, flight
+        return without_memory(x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, dt_bias, initial_state, resets, log_T, S_in = ctx.saved_tensors
-        dt_limit, chunk_size, scan = ctx.settings
-        b = x.shape[0]
-        chunks = make_chunks(x, _positive(dt, dt_bias, dt_limit), A, B, C, resets, scan.segments, chunk_size)
-        dy = pad_and_chunk(torch.zeros_like(x) if dy is None else dy, scan.segments, chunk_size)
-        dU, dinitial = scan.backward(log_T, chunk_state_grads(chunks, dy).unflatten(0, (b, -1)), dfinal)
-        grads = chunk_main_grads(chunks, dy, D, S_in.flatten(0, 1), dU.flatten(0, 1))
-        dx, dB, dC = (unchunk(g, t.shape, scan.segments) for g, t in ((grads.dx, x), (grads.dB, B), (grads.dC, C)))
-        ddt = unchunk(grads.ddt, dt.shape, scan.segments) * _positive_grad(dt, dt_bias, dt_limit)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, dt, A, B, C, D, dt_bias, initial_state, resets = ctx.saved_tensors
+        flight, segments = ctx.flight, ctx.flight.scan.segments
+        chunks = flight.chunks(x, _positive(dt, dt_bias, ctx.dt_limit), A, B, C, resets)
+        dU, dinitial = flight.land()
+        S_in, flight.S_in = flight.S_in, None
+        grads = chunk_main_grads(chunks, pad_and_chunk(dy, segments, flight.chunk_size), D, S_in.flatten(0, 1), dU.flatten(0, 1))
+        dx, dB, dC = (unchunk(g, t.shape, segments) for g, t in ((grads.dx, x), (grads.dB, B), (grads.dC, C)))
+        ddt = unchunk(grads.ddt, dt.shape, segments) * _positive_grad(dt, dt_bias, ctx.dt_limit)
         return (
             dx,
             ddt.to(dt.dtype),
@@ -107,9 +166,37 @@ class SSD(torch.autograd.Function):
             dC,
             None if D is None or grads.dD is None else grads.dD.to(D.dtype),
             None if dt_bias is None else ddt.sum((0, 1), dtype=torch.float64).to(dt_bias.dtype),
-            None if initial_state is None else dinitial.to(initial_state.dtype),
-            *[None] * 4,
+            None if initial_state is None or dinitial is None else dinitial.to(initial_state.dtype),
+            *[None] * 3,
         )
+
+
+class _Finish(torch.autograd.Function):
+    """Forward: the states arrive, and from them the outputs. Backward: the gradients of the states set out."""
+
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, flight: _Flight) -> tuple[Tensor, Tensor | None]:
+        x, dt, A, B, C, D, resets, log_T = flight.operands
+        flight.operands = ()
+        S_in, final = flight.land()
+        chunked = chunk_outputs(flight.chunks(x, dt, A, B, C, resets), S_in.flatten(0, 1), D)
+        # A tensor of its own and not a view: FSDP warns of views that a module returns.
+        y = torch.empty_like(x).copy_(unchunk(chunked, x.shape, flight.scan.segments))
+        ctx.save_for_backward(x, dt, A, B, C, resets, log_T, S_in)
+        ctx.flight = flight
+        ctx.set_materialize_grads(False)
+        return y, final
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor, None]:
+        x, dt, A, B, C, resets, log_T, S_in = ctx.saved_tensors
+        flight = ctx.flight
+        dy = torch.zeros_like(x) if dy is None else dy
+        chunks = flight.chunks(x, dt, A, B, C, resets)
+        dS_in = chunk_state_grads(chunks, pad_and_chunk(dy, flight.scan.segments, flight.chunk_size))
+        flight.pending = flight.scan.start(log_T, dS_in.unflatten(0, (x.shape[0], -1)), dfinal, reverse=True)
+        flight.S_in = S_in
+        return dy, None
 
 
 def _raw(dt: Tensor, dt_bias: Tensor | None) -> Tensor:
@@ -141,7 +228,7 @@ def _check(
     dt_bias: Tensor | None,
     dt_limit: tuple[float, float],
     initial_state: Tensor | None,
-    document_ids: Tensor | None,
+    resets: Tensor | None,
     scan: Scan,
 ) -> None:
     if x.dim() != 4 or not x.is_floating_point() or x.numel() == 0:
@@ -158,7 +245,7 @@ def _check(
         "D": (D, (h,)),
         "dt_bias": (dt_bias, (h,)),
         "initial_state": (initial_state, (b, h, p, n)),
-        "document_ids": (document_ids, (b, l)),
+        "resets": (resets, (b, l)),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is None:
@@ -173,5 +260,3 @@ def _check(
         raise ValueError(f"ssd: dt_limit is {dt_limit}, allowed: 0 <= low < high")
     if l % scan.segments:
         raise ValueError(f"ssd: {l} tokens are no multiple of the {scan.segments} segments of the scan")
-    if scan.sharded and document_ids is not None:
-        raise ValueError("ssd: document_ids with a scan over ranks: a document's start on a rank boundary would go unseen")

@@ -43,11 +43,11 @@ def ssd_sequential(
     C: Tensor,
     D: Tensor | None = None,
     initial_state: Tensor | None = None,
-    document_ids: Tensor | None = None,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition, token by token, under autograd: the oracle of every test.
 
-    x [b, l, h, p]; dt [b, l, h] positive; A, D [h]; B, C [b, l, g, n]; initial_state [b, h, p, n]; document_ids [b, l].
+    x [b, l, h, p]; dt [b, l, h] positive; A, D [h]; B, C [b, l, g, n]; initial_state [b, h, p, n]; resets [b, l] bool.
     Returns y [b, l, h, p] and the final state [b, h, p, n].
     """
     b, l, h, p = x.shape
@@ -56,9 +56,8 @@ def ssd_sequential(
     state = x.new_zeros(b, h, p, B.shape[3]) if initial_state is None else initial_state
     ys = []
     for t in range(l):
-        if document_ids is not None and t > 0:
-            same = (document_ids[:, t] == document_ids[:, t - 1]).to(x.dtype)
-            state = state * same[:, None, None, None]
+        if resets is not None:
+            state = state * (~resets[:, t]).to(x.dtype)[:, None, None, None]
         update = (dt[:, t, :, None] * x[:, t])[..., None] * Bh[:, t, :, None, :]
         state = torch.exp(A * dt[:, t])[..., None, None] * state + update
         ys.append((state * Ch[:, t, :, None, :]).sum(-1))

@@ -1,6 +1,7 @@
 """`baton train`: trains the model that a config file describes."""
 
 import json
+from pathlib import Path
 
 import typer
 
@@ -23,6 +24,9 @@ def train(
     resume: bool = typer.Option(False, "--resume", help="Go on from the newest checkpoint in the run's folder, if there is one."),
     stop_at: int | None = typer.Option(None, min=1, help="Stop after this step with a checkpoint; the schedule stays as it is."),
     input: list[str] = INPUT,
+    profile: Path | None = typer.Option(
+        None, metavar="FOLDER", help="Write the trace of one step, and what it sent, into this folder."
+    ),
 ) -> None:
     """Train a model; the corpus is prepared first if its token files are not there.
 
@@ -44,12 +48,17 @@ def train(
             from ..training.token_files import prepare
 
             check_run_folder(checked.run, resume)
+            if profile:
+                from ..training.profile import check_profile_folder
+
+                check_profile_folder(profile)
             prepare(checked)
             if processes > 1:
                 options = ["--resume"] * resume + (["--stop-at", str(stop_at)] if stop_at else [])
+                options += ["--profile", str(profile)] if profile else []
                 launch(["train", config, *values, *options], processes)
                 return
         with process_group() as environment:
             from ..training.loop import run_training
 
-            run_training(load_config(config, values, environment.world), environment, resume, stop_at)
+            run_training(load_config(config, values, environment.world), environment, resume, stop_at, profile)

@@ -1,6 +1,6 @@
 """Which tokens a rank sees at which step: a function of the position in the data, so that a run resumes where it stopped."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor
 from ...configs.errors import UserError
 from ...configs.schema import Config
 from ...kernels.cross_entropy import IGNORED
+from ...kernels.documents import Documents
 from ...parallel.layout import Layout
 from ...parallel.mesh import Mesh
 from .token_files import TokenStream
@@ -19,8 +20,9 @@ class Batch(NamedTuple):
     """One micro-step's tokens of this rank: all int64, on its device."""
 
     ids: Tensor  # [b, l]
-    labels: Tensor  # [b, l], the next token of each, also across the ends of segments
+    labels: Tensor  # [b, l], the next token of each, also across the ends of segments; IGNORED at the end of a packed document
     positions: Tensor  # [l] in the whole sequence
+    documents: Documents | None  # where data.documents is packed
 
 
 class Samples:
@@ -36,9 +38,15 @@ class Samples:
 
     def __getitem__(self, position: int) -> Tensor:
         """Tokens [context + 1] of the sample at a position, which may pass the end: then the next epoch begins."""
+        return torch.from_numpy(self.stream.read(self._start(position), self.context + 1))
+
+    def cu_seqlens(self, position: int) -> list[int]:
+        """Where documents begin among the tokens [context + 1] of a sample: 0 first and context + 1 last."""
+        return self.stream.cu_seqlens(self._start(position), self.context + 1)
+
+    def _start(self, position: int) -> int:
         epoch, place = divmod(position, self.count)
-        start = int(self._epoch_order(epoch)[place]) * self.context
-        return torch.from_numpy(self.stream.read(start, self.context + 1))
+        return int(self._epoch_order(epoch)[place]) * self.context
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
@@ -54,7 +62,7 @@ class Loader:
 
     def __init__(self, samples: Samples, config: Config, mesh: Mesh, device: torch.device) -> None:
         self.samples, self.batch, self.mesh, self.device = samples, config.batch, mesh, device
-        self.vocab_size = config.model.vocab_size
+        self.vocab_size, self.packed = config.model.vocab_size, config.data.documents == "packed"
         self.layout = Layout(config.parallel.layout, mesh.size("cp"))
         self.positions = self.layout.positions(mesh.rank("cp"), samples.context).to(device)
 
@@ -64,19 +72,36 @@ class Loader:
         own = per_micro_step // self.mesh.size("dp")
         for micro_step in range(self.batch.micro_steps):
             first = consumed + micro_step * per_micro_step + self.mesh.rank("dp") * own
-            yield self._batch([self.samples[first + i] for i in range(own)])
+            yield self._batch(range(first, first + own))
 
     def first(self, count: int) -> Iterator[Batch]:
         """The first `count` samples, one for each dp rank at a time; ranks without one get labels that count nothing."""
         dp = self.mesh.size("dp")
         for start in range(0, count, dp):
             place = start + self.mesh.rank("dp")
-            batch = self._batch([self.samples[min(place, count - 1)]])
+            batch = self._batch([min(place, count - 1)])
             yield batch if place < count else batch._replace(labels=torch.full_like(batch.labels, IGNORED))
 
-    def _batch(self, samples: list[Tensor]) -> Batch:
-        tokens = torch.stack(samples)
+    def _batch(self, places: Sequence[int]) -> Batch:
+        tokens = torch.stack([self.samples[place] for place in places])
         if int(tokens.max()) >= self.vocab_size:
             raise UserError(f"{self.samples.stream.name} has token {int(tokens.max())}, model.vocab_size is {self.vocab_size}")
-        ids, labels = (self.layout.shard(t, self.mesh.rank("cp")).to(self.device) for t in (tokens[:, :-1], tokens[:, 1:]))
-        return Batch(ids, labels, self.positions)
+        ids, labels = tokens[:, :-1], tokens[:, 1:].clone()
+        documents = None
+        if self.packed:
+            cu_seqlens = [self.samples.cu_seqlens(place) for place in places]
+            documents = pack(labels, cu_seqlens, self.layout, self.mesh.rank("cp"), self.device)
+        ids, labels = (self.layout.shard(t, self.mesh.rank("cp")).to(self.device) for t in (ids, labels))
+        return Batch(ids, labels, self.positions, documents)
+
+
+def pack(labels: Tensor, cu_seqlens: list[list[int]], layout: Layout, rank: int, device: torch.device) -> Documents:
+    """A rank's documents of whole sequences; in labels [b, L] those that another document's first token is are set to IGNORED.
+
+    cu_seqlens are of the L + 1 tokens that ids and labels were made of.
+    """
+    length = labels.shape[1]
+    for row, boundaries in zip(labels, cu_seqlens, strict=True):
+        row[torch.tensor(boundaries[1:-1], dtype=torch.int64) - 1] = IGNORED
+    inside = [[boundary for boundary in boundaries[:-1] if boundary < length] + [length] for boundaries in cu_seqlens]
+    return layout.documents(inside, rank, device)

@@ -24,6 +24,7 @@ from .checkpoint import Checkpointer
 from .data import Batch, Loader, Samples
 from .metrics import Reporter, plot_losses, read_metrics
 from .optimizer import build_optimizer, learning_rate
+from .profile import WARM_UP, profiled
 from .run_folder import check_run_folder, checkpoint_folder, checkpoints
 from .sample import continue_greedily
 from .token_files import TokenStream, prepare, read_tokenizer
@@ -87,7 +88,7 @@ class Trainer:
         totals = torch.zeros(2, dtype=torch.float64, device=self.environment.device)
         for i, batch in enumerate(batches):
             self.model.set_requires_gradient_sync(i == len(batches) - 1)
-            losses = self.model(batch.ids, batch.labels, batch.positions)
+            losses = self.model(*batch)
             assert isinstance(losses, Losses)
             (losses.cross_entropy / tokens + losses.auxiliary / len(batches)).backward()
             totals += torch.stack([losses.cross_entropy.detach(), losses.auxiliary.detach()])
@@ -98,7 +99,7 @@ class Trainer:
         """Cross entropy per token over the first evaluation.sequences samples of the validation split, or all it has."""
         totals = torch.zeros(2, dtype=torch.float64, device=self.environment.device)
         for batch in self.validation_data.first(min(self.config.evaluation.sequences, self.validation_data.samples.count)):
-            losses = self.model(batch.ids, batch.labels, batch.positions)
+            losses = self.model(*batch)
             assert isinstance(losses, Losses)
             totals += torch.stack([losses.cross_entropy, (batch.labels != IGNORED).sum()])
         cross_entropy, tokens = self._over_data(totals)
@@ -141,7 +142,7 @@ class Trainer:
         names = [name for name, _ in _named_parts(self.model)]
         with _watching(self.model) as bad:
             for batch in batches:
-                self.model(batch.ids, batch.labels, batch.positions)
+                self.model(*batch)
         flags = self._anywhere([name in bad for name in names])
         return next((f"the output of {name}" for name, flag in zip(names, flags, strict=True) if flag), None)
 
@@ -194,9 +195,10 @@ def _watching(model: HybridModel) -> Iterator[set[str]]:
             handle.remove()
 
 
-def run_training(config: Config, environment: Environment, resume: bool, stop_at: int | None) -> None:
+def run_training(config: Config, environment: Environment, resume: bool, stop_at: int | None, profile: Path | None = None) -> None:
     """Trains to schedule.steps, or `stop_at`, and leaves a checkpoint, metrics and a loss curve in the run's folder.
 
+    profile: a folder for the trace of one step and what it sent.
     Every rank calls it. Raises UserError for what the user can mend.
     """
     if environment.leads:
@@ -214,7 +216,7 @@ def run_training(config: Config, environment: Environment, resume: bool, stop_at
     try:
         if reporter:
             reporter.say(_describe(trainer))
-        _train(trainer, last, reporter)
+        _train(trainer, last, reporter, profile)
         sample = trainer.continue_prompt() if config.logging.sample_tokens else None
         if reporter:
             reporter.progress.stop()
@@ -224,12 +226,17 @@ def run_training(config: Config, environment: Environment, resume: bool, stop_at
             reporter.close()
 
 
-def _train(trainer: Trainer, last: int, reporter: Reporter | None) -> None:
+def _train(trainer: Trainer, last: int, reporter: Reporter | None, profile: Path | None) -> None:
     config = trainer.config
+    to_profile = min(trainer.done + WARM_UP, last - 1)
     if trainer.done == 0:
         _record_validation(trainer, reporter)
     while trainer.done < last:
-        metrics = trainer.step()
+        if profile and trainer.done == to_profile:
+            with profiled(profile, trainer.environment.rank):
+                metrics = trainer.step()
+        else:
+            metrics = trainer.step()
         if reporter:
             reporter.show(trainer.done, metrics)
             if trainer.done % config.logging.every == 0:
@@ -255,6 +262,8 @@ def _describe(trainer: Trainer) -> str:
     where = f"{trainer.environment.world} ranks ({axes}, {parallel.layout}, {trainer.environment.device.type})"
     text = f"{config.model.pattern * config.model.repeat}: {count / 1e6:.2f} M parameters on {where}, "
     text += f"{config.data.context} tokens of context, {config.precision}"
+    if chosen := trainer.model.strategies:
+        text += f"; states pass by {chosen.exchange}, attention by {chosen.attention}"
     return text + (f"; goes on after step {trainer.done}" if trainer.done else "")
 
 

@@ -17,11 +17,13 @@ def continue_greedily(model: nn.Module, ids: list[int], count: int, layout: Layo
     segments = len(layout.owners)
     length = max(WINDOW // segments, 8) * segments
     own = layout.positions(mesh.rank("cp"), length).to(device)
+    # One document, which data that is packed must be told.
+    documents = layout.documents([[0, length]], mesh.rank("cp"), device)
     ids = list(ids)
     for _ in range(count):
         seen = ids[-length:]
         window = torch.tensor([seen + [0] * (length - len(seen))], device=device)
-        logits = model(window[:, own], positions=own)
+        logits = model(window[:, own], positions=own, documents=documents)
         # Only the rank that holds the last token knows what follows; the tokens after it are padding, which it cannot see.
         here = (own == len(seen) - 1).nonzero()
         following = logits[0, here[0, 0]].argmax() if len(here) else torch.zeros((), dtype=torch.int64, device=device)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...configs.schema import ModelConfig
 from ...kernels.attention import causal_attention
+from ...kernels.documents import Documents
 from ..sharding import COLUMNS, ROWS, Sharding, SplitGroups
 
 
@@ -30,28 +31,30 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(d, sizes.kv_heads * sizes.head_dim, bias=False)
         self.v_proj = nn.Linear(d, sizes.kv_heads * sizes.head_dim, bias=False)
         self.o_proj = nn.Linear(sizes.heads * sizes.head_dim, d, bias=False)
-        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention
+        self.attend: Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor] = causal_attention
 
-    def forward(self, u: Tensor, positions: Tensor | None = None) -> Tensor:
-        """u [b, l, d], positions [l] in the whole sequence (None: 0 to l - 1) -> [b, l, d]."""
+    def forward(self, u: Tensor, positions: Tensor | None = None, documents: Documents | None = None) -> Tensor:
+        """u [b, l, d], positions [l] in the whole sequence (None: 0 to l - 1), documents if packed -> [b, l, d]."""
         q, k, v = (proj(u).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.rope is not None:
-            if positions is None:
+            if documents is not None:
+                positions = documents.positions
+            elif positions is None:
                 positions = torch.arange(u.shape[1], device=u.device)
             cos, sin = rotary_angles(positions, self.head_dim, self.rope.theta)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.o_proj(self.attend(q, k, v).flatten(2))
+        return self.o_proj(self.attend(q, k, v, documents).flatten(2))
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [l, head_dim / 2] fp64 of the angles position / theta^(2i / head_dim) (Su et al., arXiv 2104.09864)."""
+    """cos and sin [..., l, head_dim / 2] fp64 of the angles position / theta^(2i / head_dim) (Su et al., arXiv 2104.09864)."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim)
-    angles = positions.double()[:, None] * frequencies
+    angles = positions.double()[..., None] * frequencies
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (i, i + e/2) of x [b, l, h, e], as Llama and Hugging Face pair them."""
-    cos, sin = (t[:, None].to(torch.promote_types(x.dtype, torch.float32)) for t in (cos, sin))
+    cos, sin = (t[..., None, :].to(torch.promote_types(x.dtype, torch.float32)) for t in (cos, sin))
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

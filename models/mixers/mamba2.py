@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ...configs.schema import ModelConfig
 from ...kernels.conv import causal_conv
+from ...kernels.documents import Documents
 from ...kernels.scan import LocalScan, Scan
-from ...kernels.ssd import ssd
-from ...parallel.halo import SequenceHalo
+from ...kernels.ssd import SSDInFlight, start_ssd
+from ...parallel.halo import Halo, SequenceHalo
 from ..initialization import Initializers, ones, uniform_fan_in, zeros
 from ..norm import GatedGroupRMSNorm
 from ..sharding import COLUMNS, ROWS, Sharding, SplitGroups
@@ -46,12 +47,19 @@ class Mamba2(nn.Module):
         self.norm = GatedGroupRMSNorm(inner, sizes.groups, config.norm_eps)
         self.out_proj = nn.Linear(inner, d, bias=False)
 
-    def forward(self, u: Tensor, positions: Tensor | None = None) -> Tensor:
-        """u [b, l, d] -> [b, l, d]; positions are not needed."""
-        z, dt = self.z_proj(u), self.dt_proj(u)
-        x, bc = self.conv(self.x_proj(u), self.bc_proj(u))
+    def forward(self, u: Tensor, positions: Tensor | None = None, documents: Documents | None = None) -> Tensor:
+        """u [b, l, d], documents if packed -> [b, l, d]; positions are not needed.
+
+        What others wait for comes first, and what needs nothing of them is computed while it travels, in backward too.
+        """
+        x, bc = self.x_proj(u), self.bc_proj(u)
+        halo = self.conv.start_halo(x, bc)
+        dt = self.dt_proj(u)
+        x, bc = self.conv(x, bc, halo.wait() if halo else None, documents)
         B, C = bc.unflatten(-1, (-1, 2, self.state_dim)).unbind(3)
-        y = self.ssm(x.unflatten(-1, (-1, self.head_dim)), dt, B, C)
+        scan = self.ssm(x.unflatten(-1, (-1, self.head_dim)), dt, B, C, documents)
+        z = self.z_proj(u)
+        y, _ = scan.finish()
         return self.out_proj(self.norm(y.flatten(2), z))
 
 
@@ -77,18 +85,22 @@ class ShortConv(nn.Module):
         self.x_bias = nn.Parameter(torch.empty(inner))
         self.bc_weight = nn.Parameter(torch.empty(shared, width))
         self.bc_bias = nn.Parameter(torch.empty(shared))
+        self.reach = width - 1
         self.halo: SequenceHalo | None = None
 
-    def forward(self, x: Tensor, bc: Tensor) -> tuple[Tensor, Tensor]:
-        """x [b, l, inner], bc [b, l, shared] -> the same."""
-        x_halo, bc_halo = self._halos(x, bc) if self.halo else (None, None)
-        return causal_conv(x, self.x_weight, self.x_bias, x_halo), causal_conv(bc, self.bc_weight, self.bc_bias, bc_halo)
+    def start_halo(self, x: Tensor, bc: Tensor) -> Halo | None:
+        """Sends the last tokens of each segment on to the next; None where the whole sequence is here."""
+        if self.halo is None:
+            return None
+        tails = [t.unflatten(1, (self.halo.segments, -1))[:, :, -self.reach :] for t in (x, bc)]
+        return self.halo.start(torch.cat(tails, -1))
 
-    def _halos(self, x: Tensor, bc: Tensor) -> tuple[Tensor, ...]:
-        assert self.halo is not None
-        reach = self.x_weight.shape[1] - 1
-        tails = [t.unflatten(1, (self.halo.segments, -1))[:, :, -reach:] for t in (x, bc)]
-        return self.halo.exchange(torch.cat(tails, -1)).split([x.shape[-1], bc.shape[-1]], -1)
+    def forward(self, x: Tensor, bc: Tensor, halo: Tensor | None, documents: Documents | None) -> tuple[Tensor, Tensor]:
+        """x [b, l, inner], bc [b, l, shared], the tokens before each segment or None, documents if packed -> x and bc."""
+        halos = (None, None) if halo is None else halo.split([x.shape[-1], bc.shape[-1]], -1)
+        positions = None if documents is None else documents.positions
+        x = causal_conv(x, self.x_weight, self.x_bias, halos[0], positions)
+        return x, causal_conv(bc, self.bc_weight, self.bc_bias, halos[1], positions)
 
 
 def _log_uniform_decay(A_log: Tensor, generator: torch.Generator) -> None:
@@ -117,9 +129,9 @@ class StateSpace(nn.Module):
         self.chunk_size = chunk_size
         self.scan: Scan = LocalScan()
 
-    def forward(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        """x [b, l, h, p], dt [b, l, h], B and C [b, l, g, n] -> y [b, l, h, p]."""
-        A = -self.A_log.exp()
-        y = ssd(x, dt, A, B, C, self.D, self.dt_bias, chunk_size=self.chunk_size, scan=self.scan)
-        assert isinstance(y, Tensor)
-        return y
+    def forward(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, documents: Documents | None) -> SSDInFlight:
+        """x [b, l, h, p], dt [b, l, h], B and C [b, l, g, n] -> the scan on its way to y [b, l, h, p]."""
+        # Copies: the scan outlives this call, after which FSDP may free the parameters.
+        A, D, dt_bias = -self.A_log.exp(), self.D.clone(), self.dt_bias.clone()
+        resets = None if documents is None else documents.resets
+        return start_ssd(x, dt, A, B, C, D, dt_bias, resets=resets, chunk_size=self.chunk_size, scan=self.scan)

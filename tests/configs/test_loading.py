@@ -94,6 +94,9 @@ def test_a_wrong_override_is_named(override, message):
         (["parallel.cp=2"], 4, "parallel.dp is 2, allowed: a divisor of a micro-step's sequences, 1"),
         ([], 3, "parallel.cp is 3, whose 6 zigzag segments do not divide data.context (4096); data.context=4092 would"),
         (["parallel.cp=512", "parallel.layout=contiguous", "data.context=1024"], 512, "shorter than the conv's reach, 3"),
+        (["parallel.cp=8", "data.context=448"], 8, "more ranks than the 7 chunks of model.mamba2.chunk_size (64)"),
+        (["parallel.cp=8", "parallel.attention=ulysses"], 8, "4 heads (model.attention.heads over tp 1) do not divide over cp 8"),
+        (["parallel.cp=4", "parallel.tp=2", "parallel.attention=ulysses"], 8, "allowed: usp, ring, allgather, auto, or cp of 1, 2"),
         (["parallel.tp=8"], 8, "allowed: 1, 2, 4"),
     ],
 )

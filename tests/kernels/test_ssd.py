@@ -29,9 +29,9 @@ def fast(t, chunk_size, **options):
     )
 
 
-def oracle(t, dt_limit=(0.0, float("inf")), document_ids=None):
+def oracle(t, dt_limit=(0.0, float("inf")), resets=None):
     dt = F.softplus(t["dt"] + t["dt_bias"]).clamp(*dt_limit)
-    return ssd_sequential(t["x"], dt, t["A"], t["B"], t["C"], t["D"], t["initial_state"], document_ids)
+    return ssd_sequential(t["x"], dt, t["A"], t["B"], t["C"], t["D"], t["initial_state"], resets)
 
 
 def outcome(function, values, *args, **options):
@@ -51,8 +51,10 @@ def assert_close(found, reference, tolerance):
 
 
 def documents(b, l, share):
+    """Tokens that begin a document, but not the first: it goes on from the initial state."""
     starts = torch.rand(b, l, generator=torch.Generator().manual_seed(5)) < share
-    return starts.cumsum(1)
+    starts[:, 0] = False
+    return starts
 
 
 @pytest.mark.parametrize(
@@ -72,18 +74,25 @@ def test_fp64_is_exact(shape, chunk):
 
 @pytest.mark.parametrize("share", [0.1, 0.6, 1.0])
 def test_documents_do_not_leak(share):
-    values, ids = operands(2, 53, 4, 8, 2, 4), documents(2, 53, share)
-    found = outcome(fast, values, 16, document_ids=ids)
-    assert_close(found, outcome(oracle, values, document_ids=ids), 1e-12)
+    values, resets = operands(2, 53, 4, 8, 2, 4), documents(2, 53, share)
+    found = outcome(fast, values, 16, resets=resets)
+    assert_close(found, outcome(oracle, values, resets=resets), 1e-12)
 
 
 def test_a_document_is_what_it_is_alone():
     values = operands(1, 40, 4, 8, 2, 4)
-    ids = (torch.arange(40) >= 13).long()[None]
-    packed = fast(values, 8, document_ids=ids)[0]
+    resets = (torch.arange(40) == 13)[None]
+    packed = fast(values, 8, resets=resets)[0]
     alone = {name: t[:, 13:] if name in {"x", "dt", "B", "C"} else t for name, t in values.items()}
     alone["initial_state"] = torch.zeros_like(values["initial_state"])
     assert relative_error(packed[:, 13:], fast(alone, 8)[0]) <= 1e-12
+
+
+def test_a_reset_at_the_first_token_forgets_the_initial_state():
+    values = operands(1, 10, 4, 8, 2, 4)
+    fresh = fast(values, 4, resets=(torch.arange(10) == 0)[None])[0]
+    alone = values | {"initial_state": torch.zeros_like(values["initial_state"])}
+    assert relative_error(fresh, fast(alone, 4)[0]) <= 1e-12
 
 
 def test_limits_of_dt():
@@ -102,9 +111,9 @@ def test_state_carries_a_sequence_on():
     assert relative_error(end, final) <= 1e-12
 
 
-def plain(t, document_ids=None):
+def plain(t, resets=None):
     """The recurrence in the operands' own type: what plain PyTorch gives."""
-    return oracle(t, document_ids=document_ids)
+    return oracle(t, resets=resets)
 
 
 @pytest.mark.parametrize("dt_scale", [0.05, 1.0, 20.0])
@@ -112,9 +121,9 @@ def plain(t, document_ids=None):
 def test_low_precision_is_as_good_as_plain(dtype, dt_scale):
     """Error against fp64 at most twice that of the recurrence in the same type, or 1e-5 in fp32."""
     values = {name: t.to(dtype) for name, t in operands(1, 150, 4, 8, 2, 16, dt_scale).items()}
-    ids = documents(1, 150, 0.02)
-    exact = outcome(oracle, {name: t.double() for name, t in values.items()}, document_ids=ids)
-    found, same_type = outcome(fast, values, 32, document_ids=ids), outcome(plain, values, document_ids=ids)
+    resets = documents(1, 150, 0.02)
+    exact = outcome(oracle, {name: t.double() for name, t in values.items()}, resets=resets)
+    found, same_type = outcome(fast, values, 32, resets=resets), outcome(plain, values, resets=resets)
     for name, value in exact.items():
         error, allowed = relative_error(found[name], value), 2 * relative_error(same_type[name], value)
         assert error <= max(allowed, 1e-5), f"{name}: {error}, plain {allowed / 2}"
@@ -143,5 +152,5 @@ def test_bad_options_are_named():
         fast(values, 0)
     with pytest.raises(ValueError, match="ssd: dt_limit"):
         fast(values, 4, dt_limit=(1.0, 0.5))
-    with pytest.raises(ValueError, match="ssd: document_ids is"):
-        fast(values, 4, document_ids=torch.zeros(2, 7))
+    with pytest.raises(ValueError, match="ssd: resets is"):
+        fast(values, 4, resets=torch.zeros(2, 7))

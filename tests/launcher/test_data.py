@@ -129,7 +129,9 @@ def batches(rank, config, tmp_path):
 
     mesh = build_mesh(config.parallel, "cpu")
     loader = Loader(Samples(Numbers(1000), config.data.context, seed=0), config, mesh, torch.device("cpu"))
-    return [tuple(t.clone() for t in batch) for batch in (*loader.step(4), *loader.first(3))]
+    batches = (*loader.step(4), *loader.first(3))
+    assert all(batch.documents is None for batch in batches)
+    return [tuple(t.clone() for t in batch[:3]) for batch in batches]
 
 
 def test_ranks_share_each_micro_step(pool, tmp_path):
@@ -147,3 +149,44 @@ def test_ranks_share_each_micro_step(pool, tmp_path):
             assert torch.equal(ids[0], samples[4 + 2 * micro_step + dp][:-1])
     counted = [int((batch[1] >= 0).sum()) for rank in ranks for batch in rank[2:]]
     assert counted == [32, 32] * 2 + [32, 0] * 2
+
+
+def test_documents_of_a_sample(tmp_path):
+    """Boundaries as the token file has them, counted from the sample's start."""
+    config = small_run(tmp_path, [], corpus(tmp_path))
+    prepare(config)
+    stream, tokenizer = TokenStream(config.data.folder, "train"), read_tokenizer(config)
+    end = tokenizer.token_to_id("<|endoftext|>")
+    ids = stream.read(0, 300)
+    expected = [0, *(i + 1 for i in range(299) if ids[i] == end), 300]
+    assert stream.cu_seqlens(0, 300) == expected
+    middle = expected[2] - 4
+    assert stream.cu_seqlens(middle, 40) == [0, *(b - middle for b in expected if middle < b < middle + 40), 40]
+
+
+def packed_batches(rank, config):
+    from baton.parallel.mesh import build_mesh
+
+    mesh = build_mesh(config.parallel, "cpu")
+    samples = Samples(TokenStream(config.data.folder, "train"), config.data.context, seed=0)
+    (batch,) = Loader(samples, config, mesh, torch.device("cpu")).step(0)
+    return [*batch[:3], batch.documents.positions, batch.documents.cu_seqlens]
+
+
+def test_packed_batches(pool, tmp_path):
+    """Positions restart where a document begins, and no label is another document's first token."""
+    config = small_run(tmp_path, ["data.documents=packed", "parallel.cp=2"], corpus(tmp_path), world=2)
+    prepare(config)
+    ranks = pool.run(2, packed_batches, config)
+    order = torch.cat([rank[2] for rank in ranks]).argsort()
+    ids, labels, positions = (torch.cat([rank[i] for rank in ranks], 1)[:, order] for i in (0, 1, 3))
+    end = read_tokenizer(config).token_to_id("<|endoftext|>")
+    starts = torch.cat([torch.ones(2, 1, dtype=torch.bool), ids[:, :-1] == end], 1)
+    assert starts.sum() > 4
+    for row in range(2):
+        where = starts[row].nonzero().flatten().tolist()
+        assert ranks[0][4][row] == ranks[1][4][row] == (*where, ids.shape[1])
+        for begin, stop in zip(where, [*where[1:], ids.shape[1]], strict=True):
+            assert positions[row, begin:stop].tolist() == list(range(stop - begin))
+    assert torch.equal(labels == -100, ids == end)
+    assert torch.equal(labels[:, :-1][ids[:, :-1] != end], ids[:, 1:][ids[:, :-1] != end])

@@ -16,10 +16,13 @@ from baton.launcher.training.checkpoint import read_manifest
 from baton.launcher.training.loop import run_training
 from baton.launcher.training.metrics import read_metrics
 from baton.launcher.training.optimizer import build_optimizer, learning_rate
+from baton.launcher.training.profile import check_profile_folder
 from baton.launcher.training.run_folder import checkpoints
 from baton.launcher.training.token_files import prepare
 from baton.models.hybrid import build_model
 from baton.parallel.gradients import local_part
+from baton.parallel.layout import Layout
+from baton.parallel.links import largest_sent
 from helpers import small_run
 
 
@@ -248,3 +251,31 @@ def test_learning_rate():
     assert rates[10] == pytest.approx(0.2)
     assert learning_rate(10, 1.0, schedule.model_copy(update={"decay": "cosine"})) == pytest.approx(0.2)
     assert learning_rate(10, 1.0, schedule.model_copy(update={"decay": "constant"})) == 1.0
+
+
+def profile(rank, config, folder):
+    run_training(config, Environment(rank, dist.get_world_size(), torch.device("cpu")), False, 3, folder)
+
+
+def test_a_profile_has_what_was_sent_and_when(pool, tmp_path, text):
+    """Of one step on two ranks: bytes as the cost model has them, and work of the main thread while states travel."""
+    config = small_run(tmp_path, ["parallel.cp=2", "parallel.strategy=sliced"], text, 2)
+    prepare(config)
+    pool.run(2, profile, config, check_profile_folder(tmp_path / "profile"))
+    heads, state, mixers = 8, 8 * 8 * 8 * 2, 3
+    expected = largest_sent("sliced", Layout("zigzag", 2), 4 * state, 4 * heads * 2)
+    for rank in range(2):
+        traffic = json.loads((tmp_path / "profile" / f"traffic-rank{rank}.json").read_text())
+        (states,) = [row for row in traffic["by operation and group"] if row["group"] == "mesh_states"]
+        # Forward and backward, two rounds each.
+        assert states == {
+            "operation": "all_to_all",
+            "group": "mesh_states",
+            "bytes": mixers * 2 * expected,
+            "rounds": mixers * 2 * 2,
+        }
+        events = json.loads((tmp_path / "profile" / f"trace-rank{rank}.json").read_text())["traceEvents"]
+        spans = [event for event in events if event.get("cat") == "mesh_states"]
+        begin, end = spans[0]["ts"], spans[1]["ts"] + spans[1]["dur"]
+        elsewhere = {e["name"] for e in events if e.get("tid") != spans[0]["tid"] and begin < e.get("ts", 0) < end}
+        assert "aten::linear" in elsewhere

@@ -1,4 +1,4 @@
-"""State passing, halo, gathered attention, vocabulary shards and norms over ranks, each against one process, in fp64."""
+"""State passing, halo, vocabulary shards and norms over ranks, each against one process, in fp64."""
 
 import pytest
 import torch
@@ -6,9 +6,6 @@ import torch.distributed as dist
 
 from baton.kernels.conv import causal_conv
 from baton.kernels.cross_entropy import cross_entropy_sum
-from baton.kernels.scan import LocalScan
-from baton.parallel.affine_scan import SequenceScan
-from baton.parallel.attention import SequenceAttention
 from baton.parallel.collectives import all_sum
 from baton.parallel.gradients import clip, local_part, total_norm
 from baton.parallel.halo import SequenceHalo
@@ -16,66 +13,18 @@ from baton.parallel.layout import Layout
 from baton.parallel.vocabulary import VocabularyShards
 from helpers import relative_error
 
-MAPS = 24
-"""Affine maps along the whole sequence: several for each segment of every layout here."""
-
 
 def draw(*shapes, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
 
 
-def maps():
-    """log_T from 0 (nothing forgotten) over -1000 (underflows) to -inf (a reset), U, and a gradient of S_in."""
-    U, dS_in, log_T = draw((2, MAPS, 3, 4, 5), (2, MAPS, 3, 4, 5), (2, MAPS, 3))
-    log_T = -log_T.abs()
-    log_T[:, 4], log_T[:, 7, 1], log_T[0, 11], log_T[1, 16] = 0.0, -1000.0, float("-inf"), float("-inf")
-    return log_T, U, dS_in
-
-
-def scan(rank, layout):
-    log_T, U, dS_in = (layout.shard(t, rank) for t in maps())
-    sequence = SequenceScan(layout, dist.group.WORLD)
-    S_in, final = sequence.forward(log_T, U, None)
-    dU, dinitial = sequence.backward(log_T, dS_in, None)
-    with pytest.raises(ValueError, match="initial state over ranks"):
-        sequence.forward(log_T, U, U[:, 0])
-    return S_in, final, dU, dinitial
-
-
-@pytest.mark.parametrize(
-    ("kind", "world"), [("contiguous", 2), ("contiguous", 3), ("contiguous", 4), ("zigzag", 2), ("zigzag", 3), ("zigzag", 4)]
-)
-def test_scan(pool, kind, world):
-    layout, (log_T, U, dS_in) = Layout(kind, world), maps()
-    S_in, final = LocalScan().forward(log_T, U, None)
-    dU, dinitial = LocalScan().backward(log_T, dS_in, None)
-    for rank, found in enumerate(pool.run(world, scan, layout)):
-        for one, other in zip(found, (layout.shard(S_in, rank), final, layout.shard(dU, rank), dinitial), strict=True):
-            assert relative_error(one, other) <= 1e-12
-
-
-def test_local_scan_is_its_definition_and_its_adjoint():
-    log_T, U, dS_in = maps()
-    U.requires_grad_()
-    initial, dfinal = (t.requires_grad_() for t in draw((2, 3, 4, 5), (2, 3, 4, 5), seed=1))
-    state, states = initial, []
-    for i in range(MAPS):
-        states.append(state)
-        state = log_T[:, i].exp()[..., None, None] * state + U[:, i]
-    found, final = LocalScan().forward(log_T, U.detach(), initial.detach())
-    assert relative_error(found, torch.stack(states, 1).detach()) <= 1e-12
-    assert relative_error(final, state.detach()) <= 1e-12
-    reference = torch.autograd.grad([torch.stack(states, 1), state], [U, initial], [dS_in, dfinal.detach()])
-    for one, other in zip(LocalScan().backward(log_T, dS_in, dfinal.detach()), reference, strict=True):
-        assert relative_error(one, other) <= 1e-12
-
-
 def halo(rank, layout):
     x, weight, gradient = draw((2, 24, 3), (3, 4), (2, 24, 3))
     own = layout.shard(x, rank).requires_grad_()
     tails = own.unflatten(1, (layout.segments_per_rank, -1))[:, :, -3:]
-    y = causal_conv(own, weight, halo=SequenceHalo(layout, dist.group.WORLD).exchange(tails))
+    travelling = SequenceHalo(layout, dist.group.WORLD).start(tails)
+    y = causal_conv(own, weight, halo=travelling.wait())
     y.backward(layout.shard(gradient, rank))
     return y.detach(), own.grad
 
@@ -88,28 +37,6 @@ def test_halo(pool, kind, world):
     for rank, (found, dx) in enumerate(pool.run(world, halo, layout)):
         assert relative_error(found, layout.shard(y.detach(), rank)) <= 1e-12
         assert relative_error(dx, layout.shard(x.grad, rank)) <= 1e-12
-
-
-def attention(rank, layout):
-    q, k, v, gradient = (
-        layout.shard(t, rank).requires_grad_() for t in draw((1, 24, 4, 8), (1, 24, 2, 8), (1, 24, 2, 8), (1, 24, 4, 8))
-    )
-    y = SequenceAttention(layout, dist.group.WORLD)(q, k, v)
-    y.backward(gradient.detach())
-    return [t.detach() for t in (y, q.grad, k.grad, v.grad)]
-
-
-@pytest.mark.parametrize(("kind", "world"), [("contiguous", 3), ("zigzag", 4)])
-def test_attention(pool, kind, world):
-    from baton.kernels.attention import causal_attention
-
-    layout = Layout(kind, world)
-    q, k, v, gradient = (t.requires_grad_() for t in draw((1, 24, 4, 8), (1, 24, 2, 8), (1, 24, 2, 8), (1, 24, 4, 8)))
-    y = causal_attention(q, k, v)
-    y.backward(gradient.detach())
-    for rank, found in enumerate(pool.run(world, attention, layout)):
-        for one, other in zip(found, (y.detach(), q.grad, k.grad, v.grad), strict=True):
-            assert relative_error(one, layout.shard(other, rank)) <= 1e-12
 
 
 def vocabulary(rank, world):

@@ -1,0 +1,165 @@
+"""The ways in which queries and keys on different ranks meet, what each puts on the wire, and which is the fastest.
+
+allgather   every rank receives all keys and values                                           (Llama 3, arXiv 2407.21783)
+ring        keys and values go from rank to rank, the next ones while these are computed     (Ring Attention, arXiv 2310.01889)
+ulysses     all-to-all: every rank gets all tokens of some heads, and back                    (DeepSpeed Ulysses, arXiv 2309.14509)
+usp         Ulysses within groups of u neighbouring ranks, a ring over the R / u groups      (USP, arXiv 2405.07719)
+
+ulysses is usp with u = R, and ring with u = 1.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, Protocol, get_args
+
+from ...kernels.attention import Span, area, cut
+from ..layout import Layout
+
+Strategy = Literal["allgather", "ring", "ulysses", "usp"]
+
+ATTENTION_FLOPS = {"cpu": 6e10, "cuda": 3e14}
+"""FLOP/s that a rank is taken to attain in attention, by device type; it decides whether a ring hides behind the computation.
+
+cpu: measured, one core, fp32, 4 heads of 32. cuda: not measured here; an H100 in bf16 as in arXiv 2407.08608.
+"""
+
+
+class LinkCost(Protocol):
+    """What joins the ranks: seconds a round, bytes per second that a rank sends."""
+
+    @property
+    def latency(self) -> float: ...
+    @property
+    def bandwidth(self) -> float: ...
+
+
+def ulysses_degree(strategy: Strategy, ranks: int, heads: int, degree: int | None = None) -> int:
+    """u: how many neighbouring ranks share the heads of this tp rank out; the largest that fits for usp, unless `degree` says.
+
+    Raises ValueError where the heads do not divide, with what is allowed.
+    """
+    if strategy == "usp" and degree is None:
+        return math.gcd(heads, ranks)
+    u = {"ulysses": ranks, "usp": degree}.get(strategy) or 1
+    if heads % u or ranks % u:
+        fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        allowed = f"usp, ring, allgather, or cp of {fits}" if strategy == "ulysses" else f"a divisor of {math.gcd(heads, ranks)}"
+        raise ValueError(f"{strategy} over {u} of cp {ranks}: {heads} heads (of a tp rank) do not divide; allowed: {allowed}")
+    return u
+
+
+def ring_spans(layout: Layout, u: int, length: int) -> list[tuple[Span, ...]]:
+    """For each u neighbouring ranks the tokens of the sequence that they hold together: ascending, adjoining segments as one span.
+
+    Raises ValueError as `Layout.check`.
+    """
+    run = layout.check(length)
+    groups: list[list[list[int]]] = [[] for _ in range(layout.ranks // u)]
+    for segment, owner in enumerate(layout.owners):
+        spans = groups[owner // u]
+        if spans and spans[-1][1] == segment * run:
+            spans[-1][1] += run
+        else:
+            spans.append([segment * run, (segment + 1) * run])
+    return [tuple((start, stop) for start, stop in spans) for spans in groups]
+
+
+def work(
+    strategy: Strategy,
+    layout: Layout,
+    rank: int,
+    length: int,
+    heads: int,
+    rows: Sequence[Sequence[int]] | None = None,
+    degree: int | None = None,
+) -> int:
+    """Pairs of query and key that a rank computes in forward, over its heads and the rows of the batch.
+
+    length: of the whole sequence; rows: the boundaries [0, ..., length] of each row's documents, one row of one document if None.
+    """
+    u = ulysses_degree(strategy, layout.ranks, heads, degree)
+    spans = ring_spans(layout, u, length)
+    lots = [((0, length),)] if strategy == "allgather" else spans
+    return heads // u * sum(area(cut(spans[rank // u], lot, rows or [(0, length)])) for lot in lots)
+
+
+def attention_traffic(
+    strategy: Strategy,
+    layout: Layout,
+    b: int,
+    l: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    bytes_per_element: int,
+    degree: int | None = None,
+) -> tuple[int, int]:
+    """Rounds of forward, and the bytes that a rank sends in them. l: tokens on a rank; heads: of a tp rank. Raises ValueError."""
+    rounds, blocks, dealt = _traffic(strategy, layout, b, l, heads, kv_heads, head_dim, bytes_per_element, degree)
+    if strategy == "allgather":
+        rounds = min(rounds, 1)
+    return rounds + (2 if dealt else 0), blocks + dealt
+
+
+def attention_seconds(
+    strategy: Strategy,
+    layout: Layout,
+    b: int,
+    l: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    bytes_per_element: int,
+    link: LinkCost,
+    flops: float,
+) -> float:
+    """Forward of one layer on the slowest rank, for single documents: a round costs latency + bytes / bandwidth.
+
+    A ring's rounds hide behind the computation as far as that lasts (`flops`: FLOP/s that a rank attains), except the first,
+    in which the ranks come together and which counts in full; no other round hides. Backward is taken to rank them alike.
+    """
+    rounds, blocks, dealt = _traffic(strategy, layout, b, l, heads, kv_heads, head_dim, bytes_per_element, None)
+    u = ulysses_degree(strategy, layout.ranks, heads)
+    computation = 4 * head_dim * b * (heads // u) * _slowest_pairs(layout, u, l * layout.ranks) / flops
+    exposed = 2 * link.latency + dealt / link.bandwidth if dealt else 0.0
+    if strategy == "allgather":
+        return computation + exposed + link.latency + blocks / link.bandwidth
+    one = link.latency + blocks / rounds / link.bandwidth if rounds else 0.0
+    return exposed + one + max(computation, (rounds - 1) * one)
+
+
+def choose_attention(
+    layout: Layout,
+    b: int,
+    l: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    bytes_per_element: int,
+    link: LinkCost,
+    flops: float,
+) -> Strategy:
+    """The strategy with the least `attention_seconds` among those that fit; memory is not counted."""
+    seconds: dict[Strategy, float] = {}
+    for strategy in get_args(Strategy):
+        if strategy != "ulysses" or heads % layout.ranks == 0:
+            seconds[strategy] = attention_seconds(strategy, layout, b, l, heads, kv_heads, head_dim, bytes_per_element, link, flops)
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _traffic(
+    strategy: Strategy, layout: Layout, b: int, l: int, heads: int, kv_heads: int, head_dim: int, size: int, degree: int | None
+) -> tuple[int, int, int]:
+    """Blocks of keys and values that a rank sends on, their bytes, and the bytes of the two all-to-alls."""
+    u = ulysses_degree(strategy, layout.ranks, heads, degree)
+    held = math.lcm(kv_heads, u) // u
+    """Key heads on a rank after the all-to-all."""
+    blocks = layout.ranks // u - 1
+    token = b * l * head_dim * size
+    return blocks, blocks * u * token * 2 * held, (u - 1) * token * (2 * (heads // u) + 2 * held)
+
+
+def _slowest_pairs(layout: Layout, u: int, length: int) -> int:
+    """Pairs of query and key on the rank that has most: a query at place p sees p + 1 keys."""
+    spans = ring_spans(layout, u, length)
+    return max(sum((stop * (stop + 1) - start * (start + 1)) // 2 for start, stop in own) for own in spans)

@@ -2,7 +2,7 @@
 
 import typer
 
-from .commands import data, train
+from .commands import bench, data, train, verify
 
 app = typer.Typer(
     name="baton",
@@ -12,7 +12,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("verify")(verify.verify)
 app.add_typer(data.app, name="data")
+app.add_typer(bench.app, name="bench")
 
 
 def _version(asked: bool) -> None:

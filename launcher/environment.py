@@ -5,25 +5,29 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ..configs.errors import UserError
 from ..configs.schema import Config, KeyedError
-from .errors import AGENT, under_torchrun
+from ..parallel import staged
+from ..parallel.failures import RankGone, beating
+from .errors import AGENT, under_torchrun, user_errors
 
-TIMEOUT = timedelta(minutes=10)
-"""After which a rank that waits for another gives up."""
+TIMEOUT = "BATON_TIMEOUT"
+"""Environment variable: the seconds after which a rank that waits for another gives up; 600 unless set."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +45,66 @@ class Environment:
 
 
 @contextmanager
-def process_group() -> Iterator[Environment]:
-    """Joins torchrun's group, or makes one of this process alone: NCCL with a GPU for each process, else gloo."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        _check_devices(local_rank + 1)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    bound = device if device.type == "cuda" else None
-    if under_torchrun():
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT, device_id=bound)
-    yield Environment(dist.get_rank(), dist.get_world_size(), device)
+def process_group(share_device: bool = False) -> Iterator[Environment]:
+    """Joins torchrun's group, or makes one of this process alone: NCCL with a GPU for each process, else gloo.
+
+    With `share_device` all ranks of a host use its first GPU, or the CPU, and exchange through the host (`parallel/staged.py`).
+    A rank that dies or falls silent ends the others with a UserError that names it. Raises UserError for a bad BATON_TIMEOUT.
+    """
+    limit = _timeout()
+    device = _choose_device(share_device)
+    options: dict[str, Any] = {"backend": "gloo", "timeout": limit}
+    if share_device:
+        staged.register()
+        options["backend"] = staged.NAME
+    elif device.type == "cuda":
+        # NCCL ends a process at its timeout without a word; the heartbeat is to be first.
+        options = {"backend": "nccl", "timeout": limit + timedelta(minutes=1), "device_id": device}
+    if not under_torchrun():
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(**options)
+    try:
+        with beating(limit, _end_process):
+            yield Environment(dist.get_rank(), dist.get_world_size(), device)
+    except RankGone as gone:
+        _announce(gone)
+        raise UserError(str(gone)) from gone
     # Not after an error: NCCL's teardown would wait for ranks that wait for this one.
     dist.destroy_process_group()
+
+
+def _timeout() -> timedelta:
+    text = os.environ.get(TIMEOUT, "600")
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"{TIMEOUT} is {text!r}, allowed: whole seconds, 1 and more")
+    return timedelta(seconds=int(text))
+
+
+def _choose_device(share_device: bool) -> torch.device:
+    """This process's device, made the current one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = 0 if share_device else int(os.environ.get("LOCAL_RANK", "0"))
+    _check_devices(local_rank + 1)
+    torch.cuda.set_device(local_rank)
+    # DeviceMesh picks a device by LOCAL_RANK where CUDA is not in use yet.
+    torch.cuda.init()
+    return torch.device("cuda", local_rank)
+
+
+def _end_process(gone: RankGone) -> None:
+    """For a main thread that waits inside a library and cannot raise."""
+    with user_errors():
+        _announce(gone)
+        raise UserError(str(gone))
+
+
+def _announce(gone: RankGone) -> None:
+    """Says it on this host where nobody else does: `user_errors` leaves it to rank 0, which may be gone or out of reach."""
+    rank = int(os.environ["RANK"])
+    first = rank - int(os.environ.get("LOCAL_RANK", "0"))
+    if AGENT not in os.environ and rank == next((r for r in range(first, rank) if r not in gone.ranks), rank) and rank != 0:
+        print(f"error: {gone}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def installed(command: str) -> str:
@@ -90,16 +137,23 @@ def _fits(config: Config, world: int) -> bool:
     return True
 
 
-def launch(arguments: Sequence[str], processes: int) -> None:
+def launch(arguments: Sequence[str], processes: int, share_device: bool = False) -> None:
     """Runs `baton ARGUMENTS` on worker processes of this machine through torchrun's own agent, and waits.
 
-    When one fails the others are ended. Raises UserError with the message of the first that failed.
+    With `share_device` there may be more of them than GPUs. When one fails the others are ended. Raises UserError with the
+    message of the first that failed.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not share_device:
         _check_devices(processes)
     _set_worker_variables(processes)
     # The agent reports a failure at length; what it found is raised here in one line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as folder:
+        _run_workers(arguments, processes, folder)
+
+
+def _run_workers(arguments: Sequence[str], processes: int, folder: str) -> None:
+    """The agent's own files, such as the errors that workers leave it, lie in the folder."""
     settings = LaunchConfig(
         run_id=uuid.uuid4().hex,
         min_nodes=1,
@@ -109,6 +163,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.2,
+        logs_specs=DefaultLogsSpecs(log_dir=folder),
     )
     try:
         elastic_launch(settings, sys.executable)("-P", "-m", "baton.launcher.cli", *arguments)
@@ -116,7 +171,8 @@ def launch(arguments: Sequence[str], processes: int) -> None:
         rank, failure = failed.get_first_failure()
         raise UserError(_message(rank, failure)) from None
     except SignalException as stopped:
-        raise UserError(f"stopped by {signal.Signals(stopped.sigval).name}; --resume goes on from the newest checkpoint") from None
+        hint = "; --resume goes on from the newest checkpoint" if arguments[0] == "train" else ""
+        raise UserError(f"stopped by {signal.Signals(stopped.sigval).name}{hint}") from None
 
 
 def _message(rank: int, failure: ProcessFailure) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,8 +27,10 @@ def user_errors() -> Iterator[None]:
         if worker:
             _tell_agent(error)
         if not isinstance(error, UserError):
-            raise
-        if not worker or (AGENT not in os.environ and os.environ["RANK"] == "0"):
+            if not worker:
+                raise
+            traceback.print_exc()
+        elif not worker or (AGENT not in os.environ and os.environ["RANK"] == "0"):
             print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
         # Not sys.exit: a failed rank must not wait in the library's exit handlers for those that hang in a collective.
         os._exit(1) if worker else sys.exit(1)

@@ -17,11 +17,13 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         sizes = config.moe
-        self.top_k, self.aux_loss = sizes.top_k, sizes.aux_loss
+        self.aux_loss = sizes.aux_loss
         self.router = Router(config.d_model, sizes.experts)
         self.experts = Experts(sizes.experts, config.d_model, sizes.hidden)
         self.sum_over_tokens: Callable[[Tensor], Tensor] | None = None
         """Adds statistics of tokens up over the ranks that hold others; each rank's gradient is that of its own tokens."""
+        self.choose: Callable[[Tensor], Tensor] = lambda probabilities: probabilities.topk(sizes.top_k, -1).indices
+        """Each token's experts [t, k] by their probabilities [t, E]; comparisons put the choices of another run in its place."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [b, l, d] -> y [b, l, d], and a scalar in fp32 or wider: aux_loss * E Σ_e f_e p_e.
@@ -31,7 +33,8 @@ class MoE(nn.Module):
         """
         tokens = x.flatten(0, 1)
         probabilities = self.router(tokens)
-        weights, chosen = probabilities.topk(self.top_k, -1)
+        chosen = self.choose(probabilities)
+        weights = probabilities.gather(-1, chosen)
         y = self.experts(tokens, weights.to(x.dtype), chosen)
         return y.view_as(x), self.aux_loss * self._imbalance(probabilities, chosen)
 

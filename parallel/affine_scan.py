@@ -5,7 +5,7 @@ and each segment runs from the state that enters it: exact for any number of ran
 in reverse, with the gradients of S_in for U. Four strategies give the same result; m segments on each of R ranks, n in all,
 S bytes of state and t bytes of decay a segment:
 
-    ring        n - 1 rounds                  m S sent by a rank
+    ring        n - 1 rounds                  at most m S sent by a rank
     allgather   1 round                       (R - 1) m (S + t)
     doubling    1 + ⌈log2(n - 1)⌉ rounds      at most m (S + t) a round
     sliced      2 rounds                      about 2 (R - 1) / R m S, and the decays that go with each slice
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from ..kernels.scan import SCALAR, Decay, Dense, Pending, Transition, exclusive_scan, fold
 from .background import start
 from .collectives import gather_single
+from .failures import naming_the_missing
 from .layout import Layout
 from .segments import Segments
 
@@ -75,16 +76,20 @@ def ring(maps: Maps, segments: Segments) -> Tensor:
 
 
 def allgather(maps: Maps, segments: Segments) -> Tensor:
-    """Every rank receives every map, padded where a rank has fewer segments, and scans them all."""
+    """Every rank receives every map, padded where a rank has fewer segments, and runs through them up to its own last."""
     most = max(segments.counts)
     own = torch.stack([maps.pack(T, U) for T, U in zip(maps.T, maps.U, strict=True)])
     own = F.pad(own, (0, 0, 0, most - len(own)))
     gathered = own.new_empty(segments.ranks * most, own.shape[1])
     gather_single(gathered, own, segments.group)
     there = [rank * most + place for rank, count in enumerate(segments.counts) for place in range(count)]
-    every = [maps.unpack(gathered[there[i]], maps.T.shape[1:], maps.U.shape[1:]) for i in segments.order]
-    T, U = (torch.stack(parts) for parts in zip(*every, strict=True))
-    return _scan(maps.transition, T, U)[segments.own]
+    entering, state = [], torch.zeros_like(maps.U[0])
+    for i, arrived in enumerate(segments.order[: segments.own[-1] + 1]):
+        if i in segments.own:
+            entering.append(state)
+        T, U = maps.unpack(gathered[there[arrived]], maps.T.shape[1:], maps.U.shape[1:])
+        state = maps.transition.step(T, state, U)
+    return torch.stack(entering)
 
 
 def doubling(maps: Maps, segments: Segments) -> Tensor:
@@ -114,7 +119,7 @@ def sliced(maps: Maps, segments: Segments) -> Tensor:
     messages = torch.cat(arrived).view(len(segments.owners), -1)[segments.order]
     shapes = (*maps.T[0, own.blocks].shape,), (*rows[0, own.rows].shape,)
     T, U = (torch.stack(parts) for parts in zip(*(maps.unpack(message, *shapes) for message in messages), strict=True))
-    S = _scan(own.transition, T[:, own.block_of], U[:, :, None])
+    S = own.scan(T, U)
     by_rank = [maps.send(S[[i for i, owner in enumerate(segments.owners) if owner == rank]]) for rank in range(segments.ranks)]
     sizes = [maps.U[:, 0, 0].numel() * (s.rows.stop - s.rows.start) for s in slices]
     back = _all_to_all(by_rank, sizes, segments.group)
@@ -136,7 +141,7 @@ class _Slice:
 
     rows: slice  # of B E
     blocks: slice  # those that the rows belong to
-    block_of: Tensor  # for each column its block, counted from the first of these
+    E: int
     transition: Transition
 
     @classmethod
@@ -146,8 +151,17 @@ class _Slice:
         blocks = slice(start // E, -(-stop // E) if stop > start else start // E)
         transition = maps.transition
         if isinstance(transition, Decay) and transition.rate is not None:
-            transition = replace(transition, rate=transition.rate.flatten()[start:stop, None])
-        return cls(slice(start, stop), blocks, torch.arange(start, stop, device=maps.U.device) // E - start // E, transition)
+            transition = replace(transition, rate=transition.rate[blocks])
+        return cls(slice(start, stop), blocks, E, transition)
+
+    def scan(self, T: Tensor, U: Tensor) -> Tensor:
+        """The states entering n maps, T [n, blocks, ...] and U [n, rows, ...]; blocks that are cut are filled with zeros."""
+        if self.rows.stop == self.rows.start:
+            return U
+        before, after = self.rows.start - self.blocks.start * self.E, self.blocks.stop * self.E - self.rows.stop
+        whole = F.pad(U, (*[0] * 2 * (U.dim() - 2), before, after)).unflatten(1, (-1, self.E))
+        states, _ = exclusive_scan(T[None], whole[None], None, False, self.transition)
+        return states[0].flatten(1, 2)[:, before : before + U.shape[1]]
 
 
 def _all_to_all(sent: list[Tensor], sizes: list[int], group: dist.ProcessGroup) -> list[Tensor]:
@@ -155,11 +169,6 @@ def _all_to_all(sent: list[Tensor], sizes: list[int], group: dist.ProcessGroup) 
     out = sent[0].new_empty(sum(sizes))
     dist.all_to_all_single(out, torch.cat(sent), sizes, [part.numel() for part in sent], group=group)
     return list(out.split(sizes))
-
-
-def _scan(transition: Transition, T: Tensor, U: Tensor) -> Tensor:
-    """The states entering n maps T [n, B, ...], U [n, B, E, ...]."""
-    return exclusive_scan(T[None], U[None], None, False, transition)[0][0]
 
 
 class SequenceScan:
@@ -221,7 +230,9 @@ class _Arriving:
         """As `kernels.scan.Scan.start` promises."""
         T, U, transition, reverse, m = self.runs
         b = U.shape[0] // m
-        entering = self.runs.as_runs(self.entering.wait().view(m, b, *U.shape[2:]))
+        with naming_the_missing("state exchange"):
+            arrived = self.entering.wait()
+        entering = self.runs.as_runs(arrived.view(m, b, *U.shape[2:]))
         if self.begins is not None:
             entering = entering + self.begins
         states, last = exclusive_scan(T, U, entering, reverse, transition)

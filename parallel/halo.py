@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.scan import without_memory
+from .failures import naming_the_missing
 from .layout import Layout
 from .segments import Passing, Segments
 
@@ -50,7 +51,8 @@ class _Travelling:
 
     def wait(self, like: Tensor) -> Tensor:
         assert self.passing is not None
-        arrived, self.passing = self.passing.wait(), None
+        with naming_the_missing("conv halo"):
+            arrived, self.passing = self.passing.wait(), None
         return self.halo.stack(arrived, self.shape, like)
 
 

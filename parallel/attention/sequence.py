@@ -12,6 +12,7 @@ from torch import Tensor
 from ...kernels.attention import Piece, RunningAttention, Span, attention_gradients, check_operands, cut, document_rows, flat
 from ...kernels.documents import Documents
 from ..collectives import gather_single, point_to_point, scatter_single
+from ..failures import naming_the_missing
 from ..layout import Layout
 from .strategies import Strategy, ring_spans, ulysses_degree
 
@@ -70,6 +71,7 @@ _Gradients = tuple[Tensor | None, Tensor | None]
 
 class _Attend(torch.autograd.Function):
     @staticmethod
+    @naming_the_missing("attention")
     def forward(ctx: Any, q: Tensor, kv: Tensor, blocks: _Blocks, plan: list[list[Piece]]) -> Tensor:
         """q [b l, h, e], this rank's keys and values [2, b, l, hk, e], the pieces for each block -> [b l, h, e]."""
         running = RunningAttention(q)
@@ -82,6 +84,7 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
+    @naming_the_missing("attention")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, out, lse = ctx.saved_tensors
         dq = _wide_zeros(q)
@@ -217,7 +220,8 @@ class _Exchange:
         """[u, ...]: part i to the i-th rank, and what each sent here."""
         x = x.contiguous()
         out = torch.empty_like(x)
-        dist.all_to_all_single(out, x, self.share, self.share, group=self.group)
+        with naming_the_missing("attention"):
+            dist.all_to_all_single(out, x, self.share, self.share, group=self.group)
         return out
 
 

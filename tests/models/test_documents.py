@@ -1,5 +1,7 @@
 """Packed documents are what they are alone: logits and every gradient, on one device and over cp."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -39,7 +41,7 @@ def alone(config, cu_seqlens):
     ids, labels = sequences(cu_seqlens)
     logits = torch.empty(*ids.shape, config.model.vocab_size, dtype=torch.float64)
     for row, boundaries in enumerate(cu_seqlens):
-        for start, stop in zip(boundaries, boundaries[1:], strict=False):
+        for start, stop in itertools.pairwise(boundaries):
             document = ids[row : row + 1, start:stop]
             with torch.no_grad():
                 logits[row, start:stop] = model(document)[0]

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from helpers import errors, run_alone, run_sharded, tiny_config
+from baton.launcher.verification.batch import Share, draw_batch
+from baton.launcher.verification.verdict import QUANTITIES
+from helpers import compare, tiny_config
 
 MESHES = {
     "cp2": (2, ["parallel.cp=2"]),
@@ -20,43 +22,38 @@ CASES += [("tp2", "zigzag", 2), ("tp4", "zigzag", 2), ("dp2", "zigzag", 2)]
 CASES += [("cp4", "zigzag", 1), ("tp2", "zigzag", 1), ("tp2-cp2", "zigzag", 1), ("tp4", "zigzag", 1)]
 
 
-@pytest.mark.parametrize(("mesh", "layout", "groups"), CASES)
-def test_fp64_is_exact(pool, mesh, layout, groups):
+@pytest.mark.parametrize(
+    ("mesh", "layout", "groups", "documents"),
+    [(*case, "single") for case in CASES] + [(mesh, "zigzag", 1, "packed") for mesh in MESHES],
+)
+def test_fp64_is_exact(pool, mesh, layout, groups, documents):
     world, degrees = MESHES[mesh]
-    model = ["precision=fp64", f"model.mamba2.groups={groups}"]
-    reference = run_alone(tiny_config(model))
-    config = tiny_config([*model, *degrees, f"parallel.layout={layout}"], world)
-    for outcome in pool.run(world, run_sharded, config):
-        found = errors(outcome, reference)
-        worst = max(found, key=found.__getitem__)
-        assert found[worst] <= 1e-10, f"{worst}: {found[worst]}"
+    overrides = ["precision=fp64", f"model.mamba2.groups={groups}", f"parallel.layout={layout}", f"data.documents={documents}"]
+    verdict = pool.run(world, compare, tiny_config([*overrides, *degrees], world))[0]
+    for quantity in QUANTITIES:
+        name, error = verdict.worst(quantity)
+        assert error <= 1e-10, f"{quantity} of {name}: {error}; {verdict.first_difference}"
 
 
 @pytest.mark.parametrize(("mesh", "layout", "groups"), CASES)
 def test_fp32_is_as_good_as_one_device(pool, mesh, layout, groups):
-    """The error against fp64 is at most twice that of one device in fp32, or 1e-5.
-
-    A router whose two best experts tie would choose otherwise in fp32, and the comparison mean nothing: these choices do not tie.
-    """
+    """The error against fp64 is at most twice that of one device in fp32, or 1e-5, for each tensor alone."""
     world, degrees = MESHES[mesh]
-    model = [f"model.mamba2.groups={groups}"]
-    exact, single = (run_alone(tiny_config([*model, f"precision={precision}"])) for precision in ("fp64", "fp32"))
-    outcome = pool.run(world, run_sharded, tiny_config([*model, *degrees, f"parallel.layout={layout}"], world))[0]
-    assert exact.choices == single.choices == outcome.choices
-    alone = errors(single, exact)
-    for name, error in errors(outcome, exact).items():
-        assert error <= max(2 * alone[name], 1e-5), f"{name}: {error}, one device {alone[name]}"
+    overrides = [f"model.mamba2.groups={groups}", f"parallel.layout={layout}"]
+    verdict = pool.run(world, compare, tiny_config([*overrides, *degrees], world))[0]
+    for quantity in QUANTITIES:
+        for name, error in verdict.errors[quantity].items():
+            alone = verdict.one_rank[quantity][name]
+            assert error <= max(2 * alone, 1e-5), f"{quantity} of {name}: {error}, one device {alone}"
 
 
 def dtypes_inside_forward(rank, config):
     """The dtypes that modules meet under the precision policy: parameters by name, and the residual stream."""
     from baton.models.parallelize import build_sharded_model
-    from baton.parallel.layout import Layout
     from baton.parallel.mesh import build_mesh
-    from helpers import CONTEXT, tokens
 
-    mesh = build_mesh(config.parallel, "cpu")
-    model = build_sharded_model(config, mesh, torch.device("cpu"))
+    device, mesh = torch.device("cpu"), build_mesh(config.parallel, "cpu")
+    model = build_sharded_model(config, mesh, device)
     seen = {}
 
     def look(path):
@@ -68,9 +65,8 @@ def dtypes_inside_forward(rank, config):
 
     for path, module in model.named_modules():
         module.register_forward_pre_hook(look(path))
-    positions = Layout(config.parallel.layout, mesh.size("cp")).positions(mesh.rank("cp"), CONTEXT)
-    ids, labels = (t[:, positions] for t in tokens())
-    losses = model(ids, labels, positions)
+    share = Share.of(mesh, config.parallel.layout)[mesh.rank("dp_cp")]
+    losses = model(*draw_batch(config, config.parallel.segments).inputs(share, device))
     (losses.cross_entropy + losses.auxiliary).backward()
     seen["loss"] = losses.cross_entropy.dtype
     return seen
@@ -99,7 +95,7 @@ def build_without_positions(rank, config):
     from baton.models.parallelize import shard_sequence
 
     with pytest.raises(ValueError, match="mixer mamba2 has no sharded version"):
-        shard_sequence(model, config.parallel, build_mesh(config.parallel, "cpu"))
+        shard_sequence(model, config, build_mesh(config.parallel, "cpu"), torch.device("cpu"))
 
 
 def test_what_would_be_silently_wrong_is_refused(pool):

@@ -22,8 +22,8 @@ def operands(kind, maps, seed):
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=generator)  # noqa: E731
     U, initial, rate = normal(B, maps, HEADS, *STATE), normal(B, HEADS, *STATE), None
-    # From 1 (nothing is forgotten) over small ones and one that underflows to exactly 0.
-    choices = torch.tensor([0.0, -1e-3, -0.5, -3.0, -1000.0, -float("inf")], dtype=torch.float64)
+    # From 1 (nothing is forgotten) over a denormal and one that underflows to exactly 0.
+    choices = torch.tensor([0.0, -1e-3, -0.5, -3.0, -740.0, -1000.0, -float("inf")], dtype=torch.float64)
     log = lambda *shape: choices[torch.randint(len(choices), shape, generator=generator)]  # noqa: E731
     if kind == "scalar":
         T = log(B, maps, HEADS)
@@ -150,6 +150,19 @@ def test_one_device_is_the_definition():
         assert torch.autograd.gradcheck(scan, leaves)
         for one, other in zip(scan(*leaves), by_definition(kind, *leaves, *[None] * (4 - len(leaves))), strict=True):
             assert relative_error(one.detach(), other.detach()) <= 1e-12
+
+
+def small_state(rank):
+    """Fewer numbers in a state than ranks: some slices are empty."""
+    T, U = torch.full((1, 4, 1), -0.5, dtype=torch.float64), torch.arange(12.0, dtype=torch.float64).view(1, 4, 1, 3)
+    own = [own_maps(t, [0, 1, 2, 3], rank) for t in (T, U)]
+    scans = [SequenceScan(layout_of([0, 1, 2, 3]), dist.group.WORLD, strategy) for strategy in STRATEGIES]
+    return [affine_scan(*own, None, scan)[0] for scan in scans], own_maps(affine_scan(T, U)[0], [0, 1, 2, 3], rank)
+
+
+def test_states_smaller_than_the_number_of_ranks(pool):
+    for found, expected in pool.run(4, small_state):
+        assert all(torch.allclose(one, expected, rtol=1e-12, atol=0) for one in found)
 
 
 def transported(rank, strategy):

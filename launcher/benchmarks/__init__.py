@@ -1,0 +1,1 @@
+"""What `baton bench` measures and prints."""

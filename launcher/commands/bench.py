@@ -1,0 +1,120 @@
+"""`baton bench`: measures what the machine gives."""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+app = typer.Typer(help="Measure what the machine gives.", no_args_is_help=True)
+LINKS = Path("runs/links.yaml")
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+@app.command()
+def exchange(
+    nproc: int | None = typer.Option(
+        None, help="Worker processes to start here; without it the GPUs, or 2. Ignored under torchrun."
+    ),
+    layout: str = typer.Option("contiguous", help="contiguous or zigzag: the segments that a rank holds."),
+    links: Path | None = typer.Option(None, help=f"Where the measured constants go, for parallel.links; {LINKS} unless given."),
+    quick: bool = typer.Option(False, "--quick", help="Fewer and smaller messages."),
+    simulate: bool = typer.Option(False, "--simulate", help="Start no processes: what the cost model says."),
+    ranks: int | None = typer.Option(None, help="With --simulate: the ranks, 2 to 1024."),
+    latency: float | None = typer.Option(None, help="With --simulate: us a round; without it NCCL's default."),
+    bandwidth: float | None = typer.Option(None, help="With --simulate: GB/s that a rank sends; without it NCCL's default."),
+    heads: int | None = typer.Option(None, help="With --simulate: heads of the state; 128 unless given."),
+    head_dim: int | None = typer.Option(None, help="With --simulate: of the state; 64 unless given."),
+    state_dim: int | None = typer.Option(None, help="With --simulate: of the state; 128 unless given."),
+    max_ranks: int | None = typer.Option(None, help="With --simulate: the ranks to compare up to; 1024 unless given."),
+) -> None:
+    """Measure the group's latency and bandwidth and each strategy of the state exchange; write what `strategy: auto` reads.
+
+    Under torchrun this process is one of the workers; without it, the workers are started here.
+    """
+    from ..errors import user_errors
+
+    simulated = {
+        "ranks": ranks,
+        "latency": latency,
+        "bandwidth": bandwidth,
+        "heads": heads,
+        "head-dim": head_dim,
+        "state-dim": state_dim,
+        "max-ranks": max_ranks,
+    }
+    measured = {"nproc": nproc, "links": links, "quick": quick or None}
+    with user_errors():
+        _check_options(layout, simulate, measured if simulate else simulated)
+        if simulate:
+            _simulate(layout, {name: value for name, value in simulated.items() if value is not None})
+        else:
+            _measure(layout, nproc, links or LINKS, quick)
+
+
+def _check_options(layout: str, simulate: bool, foreign: dict[str, Any]) -> None:
+    from ...configs.errors import UserError
+
+    if layout not in ("contiguous", "zigzag"):
+        raise UserError(f"--layout is {layout!r}, allowed: contiguous, zigzag")
+    for name, value in foreign.items():
+        if value is not None:
+            raise UserError(
+                f"--{name} {'measures, which --simulate does not' if simulate else 'is of --simulate, which is not given'}"
+            )
+
+
+def _simulate(layout: str, asked: dict[str, Any]) -> None:
+    from ...configs.errors import UserError
+    from ...parallel.layout import Layout
+    from ...parallel.links import DEFAULTS, Link
+    from ..benchmarks.simulation import Heads, simulate
+
+    if "ranks" not in asked:
+        raise UserError("--ranks is missing, --simulate needs it; allowed: 2 to 1024")
+    for name, value in asked.items():
+        least, most = (2, 1024) if name.endswith("ranks") else (0, 1e12)
+        if not (least <= value <= most) or value == 0:
+            raise UserError(f"--{name} is {value}, allowed: {'2 to 1024' if least else 'more than 0'}")
+    default = DEFAULTS["nccl"]
+    constants = Link(
+        asked["latency"] * 1e-6 if "latency" in asked else default.latency,
+        asked["bandwidth"] * 1e9 if "bandwidth" in asked else default.bandwidth,
+    )
+    state = Heads(asked.get("heads", 128), asked.get("head-dim", 64), asked.get("state-dim", 128))
+    simulate(Layout(layout, asked["ranks"]), constants, state, asked.get("max-ranks", 1024))  # type: ignore[arg-type]
+
+
+def _measure(layout: str, nproc: int | None, links: Path, quick: bool) -> None:
+    from ..errors import under_torchrun
+
+    if not under_torchrun():
+        _launch(layout, nproc, links, quick)
+        return
+    from ...configs.errors import UserError
+    from ..benchmarks.exchange import bench_exchange
+    from ..environment import process_group
+
+    with process_group() as environment:
+        if environment.world < 2:
+            raise UserError("there is 1 rank, and nothing to exchange; allowed: 2 and more")
+        bench_exchange(environment, layout, links, quick)  # type: ignore[arg-type]
+
+
+def _launch(layout: str, nproc: int | None, links: Path, quick: bool) -> None:
+    """Starts the workers, once what can be known before is known."""
+    import torch
+
+    from ...configs.errors import UserError
+    from ...parallel.links import Links
+    from ..environment import launch
+
+    processes = max(torch.cuda.device_count(), 2) if nproc is None else nproc
+    if processes < 2:
+        raise UserError(f"--nproc is {nproc}, allowed: 2 and more")
+    # Also the file as it was: whether it can be written is known before minutes are spent.
+    Links(Links.read(links).measured if links.exists() else {}).write(links)
+    launch(["bench", "exchange", "--layout", layout, "--links", str(links), *["--quick"] * quick], processes)

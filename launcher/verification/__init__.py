@@ -1,0 +1,1 @@
+"""Whether a model on a mesh is the model on one rank: what `baton verify` compares."""

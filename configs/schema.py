@@ -346,27 +346,27 @@ def check_tensor_degree(model: ModelConfig, tp: int) -> None:
 def check_context(model: ModelConfig, parallel: ParallelConfig, context: int) -> None:
     """Raises KeyedError where the sequence does not cut into equal segments, each at least as long as the convs' reach."""
     segments, reach = parallel.segments, model.mamba2.conv_width - 1
+    recurrent = any(layer.mixer == "mamba2" for layer in model.layers)
+    chunks = math.ceil(context / model.mamba2.chunk_size) if recurrent else context
+    fitting = _fitting_cp(parallel, context, reach if recurrent else 1, chunks)
     if context % segments:
         below = context - context % segments or segments
         raise KeyedError(
             "parallel.cp",
             f"is {parallel.cp}, whose {segments} {parallel.layout} segments do not divide data.context ({context}); "
-            f"data.context={below} would, or cp of {_fitting_cp(parallel, context, reach)}",
+            f"data.context={below} would, or cp of {fitting}",
         )
-    if segments == 1 or all(layer.mixer != "mamba2" for layer in model.layers):
-        return
-    if context // segments < reach:
+    if recurrent and segments > 1 and context // segments < reach:
         raise KeyedError(
             "parallel.cp",
             f"is {parallel.cp}: a segment of {context // segments} tokens is shorter than the conv's reach, {reach}; "
-            f"allowed: cp of {_fitting_cp(parallel, context, reach)}",
+            f"allowed: cp of {fitting}",
         )
-    chunks = math.ceil(context / model.mamba2.chunk_size)
     if parallel.cp != "auto" and parallel.cp > chunks:
         raise KeyedError(
             "parallel.cp",
             f"is {parallel.cp}, more ranks than the {chunks} chunks of model.mamba2.chunk_size ({model.mamba2.chunk_size}) "
-            f"in data.context ({context}); allowed: cp of 1 to {chunks}, or a chunk_size of at most {context // parallel.cp}",
+            f"in data.context ({context}); allowed: cp of {fitting}, or a chunk_size of at most {context // parallel.cp}",
         )
 
 
@@ -383,8 +383,8 @@ def check_attention(model: ModelConfig, parallel: ParallelConfig) -> None:
         )
 
 
-def _fitting_cp(parallel: ParallelConfig, context: int, reach: int) -> str:
-    """Degrees whose segments divide the context and are as long as `reach`."""
+def _fitting_cp(parallel: ParallelConfig, context: int, reach: int, chunks: int) -> str:
+    """Degrees, at most `chunks`, whose segments divide the context and are as long as `reach`."""
     each = 2 if parallel.layout == "zigzag" else 1
-    fits = [cp for cp in range(1, context + 1) if cp == 1 or (context % (cp * each) == 0 and context // (cp * each) >= reach)]
+    fits = [cp for cp in range(1, chunks + 1) if cp == 1 or (context % (cp * each) == 0 and context // (cp * each) >= reach)]
     return ", ".join(str(cp) for cp in fits[:16]) + (" ..." if len(fits) > 16 else "")

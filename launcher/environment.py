@@ -61,6 +61,7 @@ def process_group(share_device: bool = False) -> Iterator[Environment]:
         # NCCL ends a process at its timeout without a word; the heartbeat is to be first.
         options = {"backend": "nccl", "timeout": limit + timedelta(minutes=1), "device_id": device}
     if not under_torchrun():
+        _refuse_tasks_without_ranks()
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**options)
     try:
@@ -69,8 +70,22 @@ def process_group(share_device: bool = False) -> Iterator[Environment]:
     except RankGone as gone:
         _announce(gone)
         raise UserError(str(gone)) from gone
+    except BaseException:
+        if dist.get_world_size() == 1:
+            dist.destroy_process_group()
+        raise
     # Not after an error: NCCL's teardown would wait for ranks that wait for this one.
     dist.destroy_process_group()
+
+
+def _refuse_tasks_without_ranks() -> None:
+    """Several tasks of srun that know no ranks would each be a run of their own, on the same files."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1":
+        raise UserError(
+            f"srun started {tasks} tasks and none knows its rank; allowed: one torchrun for each node (srun --ntasks-per-node 1 "
+            "torchrun --no-python baton ...), or RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in each task"
+        )
 
 
 def _timeout() -> timedelta:
@@ -145,6 +160,7 @@ def launch(arguments: Sequence[str], processes: int, share_device: bool = False)
     """
     if torch.cuda.is_available() and not share_device:
         _check_devices(processes)
+    _refuse_tasks_without_ranks()
     _set_worker_variables(processes)
     # The agent reports a failure at length; what it found is raised here in one line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

@@ -113,8 +113,10 @@ def choose_strategies(config: Config, mesh: Mesh, device: torch.device) -> Strat
 def _link(config: Config, mesh: Mesh, device: torch.device) -> Link:
     """As one rank knows it, for all: others may see another file, and ranks that chose differently would wait for ever."""
     group = mesh.group("cp")
-    links = Links(measured={}) if config.parallel.links is None else Links.read(config.parallel.links)
-    known = [links.find(Place.of(group, device))]
+    known: list[Any] = [None]
+    if mesh.rank("cp") == 0:
+        links = Links(measured={}) if config.parallel.links is None else Links.read(config.parallel.links)
+        known = [links.find(Place.of(group, device))]
     dist.broadcast_object_list(known, group=group, group_src=0, device=device)
     return known[0]
 

@@ -116,13 +116,15 @@ def sliced(maps: Maps, segments: Segments) -> Tensor:
     m, rows = len(segments.own), maps.U.flatten(1, 2)
     sent = [torch.cat([maps.pack(T, U) for T, U in zip(maps.T[:, s.blocks], rows[:, s.rows], strict=True)]) for s in slices]
     arrived = _all_to_all(sent, [count * (sent[segments.rank].numel() // m) for count in counts], segments.group)
-    messages = torch.cat(arrived).view(len(segments.owners), -1)[segments.order]
+    # Not indexed by a list, which makes the host wait for a GPU.
+    by_rank = torch.cat(arrived).view(len(segments.owners), -1)
+    messages = [by_rank[place] for place in segments.order]
     shapes = (*maps.T[0, own.blocks].shape,), (*rows[0, own.rows].shape,)
     T, U = (torch.stack(parts) for parts in zip(*(maps.unpack(message, *shapes) for message in messages), strict=True))
     S = own.scan(T, U)
-    by_rank = [maps.send(S[[i for i, owner in enumerate(segments.owners) if owner == rank]]) for rank in range(segments.ranks)]
+    returned = [maps.send(torch.stack([S[i] for i in segments.of(rank)])) for rank in range(segments.ranks)]
     sizes = [maps.U[:, 0, 0].numel() * (s.rows.stop - s.rows.start) for s in slices]
-    back = _all_to_all(by_rank, sizes, segments.group)
+    back = _all_to_all(returned, sizes, segments.group)
     return torch.cat([part.to(maps.U.dtype).view(m, -1, *maps.U.shape[3:]) for part in back], 1).view_as(maps.U)
 
 

@@ -59,6 +59,8 @@ def _work(tasks: "queue.Queue[Any]") -> None:
 class _Queued:
     result: Tensor
     end: torch.cuda.Event
+    function: Callable[[], Tensor]
+    """Kept until `wait`: what it reads is memory of the stream that started it, which would be written again too early."""
 
     def wait(self) -> Tensor:
         current = torch.cuda.current_stream(self.result.device)
@@ -78,4 +80,4 @@ def _on_stream(function: Callable[[], Tensor], device: torch.device) -> _Queued:
     with torch.cuda.stream(stream), torch.no_grad():
         result = function()
         end = stream.record_event()
-    return _Queued(result, end)
+    return _Queued(result, end, function)

@@ -3,7 +3,6 @@
 copy_to       the same value everywhere, used differently by each rank    forward nothing   backward all-reduce
 reduce_from   each rank has a part of a sum that all use alike            forward all-reduce  backward nothing
 all_sum       a sum of parts that each rank uses differently              forward all-reduce  backward all-reduce
-all_gather    every rank's tensor, which each rank uses differently      forward all-gather  backward reduce-scatter
 
 They are looked up in torch.distributed when they run, where `recorder` counts them.
 """
@@ -51,11 +50,6 @@ def all_sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _CopyTo.apply(_ReduceFrom.apply(tensor, group), group)
 
 
-def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[...] of each rank -> [ranks, ...]; the gradient of each part is summed over the group and goes to its rank."""
-    return _AllGather.apply(tensor, group)
-
-
 def _all_reduced(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = tensor.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(out, group=group)
@@ -81,19 +75,3 @@ class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        out = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
-        # gloo wants the parts one after another along the first dim.
-        gather_single(out.flatten(0, 1), tensor.contiguous(), group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        out = torch.empty_like(grad[0], memory_format=torch.contiguous_format)
-        scatter_single(out, grad.contiguous().flatten(0, 1), ctx.group)
-        return out, None

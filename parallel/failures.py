@@ -116,7 +116,8 @@ class Heartbeat:
     def leave(self, error: BaseException) -> None:
         """Says that this rank ends and why, unless another is the cause; with its own store it stays until that was read."""
         if self.verdict is None:
-            self._ask(lambda: self._decide([self.rank], f"rank {self.rank} ended with {type(error).__name__}: {error}"), 2)
+            said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            self._ask(lambda: self._decide([self.rank], f"rank {self.rank} ended with {said}"), 2)
         if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             self.stopped.wait(2 * self.interval)
 

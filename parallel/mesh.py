@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from ..configs.schema import ParallelConfig
 
@@ -48,6 +50,7 @@ class Mesh:
         if size not in self.neighbours:
             runs = self.dense.mesh.reshape(-1, size).tolist()
             self.neighbours[size], _ = dist.new_subgroups_by_enumeration(runs)
+            _give_up_as_the_default_group(self.neighbours[size], self.dense.device_type)
         return self.neighbours[size]
 
 
@@ -59,4 +62,13 @@ def build_mesh(parallel: ParallelConfig, device_type: str) -> Mesh:
     if sizes.cp > 1:
         axes = dense.mesh.movedim(AXES.index("cp"), -1).reshape(-1, sizes.cp).tolist()
         states, _ = dist.new_subgroups_by_enumeration(axes, group_desc="mesh_states")
-    return Mesh(dense, dense["dp", "cp"]._flatten("dp_cp"), states)
+    mesh = Mesh(dense, dense["dp", "cp"]._flatten("dp_cp"), states)
+    for group in (*(mesh.group(axis) for axis in (*AXES, "dp_cp")), *([states] if states else [])):
+        _give_up_as_the_default_group(group, device_type)
+    return mesh
+
+
+def _give_up_as_the_default_group(group: dist.ProcessGroup, device_type: str) -> None:
+    """Gives a group the default one's timeout; it was made with PyTorch's, half an hour with gloo."""
+    default = dist.distributed_c10d._get_default_group()
+    _set_pg_timeout(default._get_backend(torch.device(device_type)).options._timeout, group)

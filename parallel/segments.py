@@ -32,7 +32,11 @@ class Segments:
     @functools.cached_property
     def own(self) -> list[int]:
         """The segments of this rank."""
-        return [i for i, owner in enumerate(self.owners) if owner == self.rank]
+        return self.of(self.rank)
+
+    def of(self, rank: int) -> list[int]:
+        """The segments of a rank."""
+        return [i for i, owner in enumerate(self.owners) if owner == rank]
 
     @functools.cached_property
     def counts(self) -> list[int]:

@@ -38,20 +38,6 @@ def compare(rank: int, config: Config) -> Verdict:
     return Verifier(environment, config.parallel.segments).verify(config)
 
 
-def run_alone(config: Config) -> None:
-    """One rank is run by `compare`."""
-
-
-def run_sharded(rank: int, config: Config) -> Verdict:
-    """As `compare`."""
-    return compare(rank, config)
-
-
-def errors(verdict: Verdict, reference: None) -> dict[str, float]:
-    """Of the loss, the logits and every gradient."""
-    return verdict.errors["loss"] | verdict.errors["logits"] | verdict.errors["gradients"]
-
-
 def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
     """Largest difference over the largest reference value; nan and inf stay, so that comparisons with them fail."""
     assert found.shape == reference.shape, (found.shape, reference.shape)

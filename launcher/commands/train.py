@@ -48,10 +48,6 @@ def train(
             from ..training.token_files import prepare
 
             check_run_folder(checked.run, resume)
-            if profile:
-                from ..training.profile import check_profile_folder
-
-                check_profile_folder(profile)
             prepare(checked)
             if processes > 1:
                 options = ["--resume"] * resume + (["--stop-at", str(stop_at)] if stop_at else [])

@@ -16,11 +16,11 @@ MOST = 64
 """Ranks that are tried where no GPUs say how many."""
 
 
-def _fitting(plan: Callable[[int], "Plan"]) -> int:
-    """The GPUs, without those that are too many; the fewest ranks that fit, and at least 2, where there are none."""
+def _fitting(plan: Callable[[int], "Plan"], share_device: bool) -> int:
+    """The GPUs, without those that are too many; where there are none, or one is shared, the fewest ranks that fit, at least 2."""
     import torch
 
-    devices = torch.cuda.device_count()
+    devices = 0 if share_device else torch.cuda.device_count()
     candidates = range(devices, 0, -1) if devices else range(2, MOST + 1)
     return next((world for world in candidates if _fits(plan, world)), candidates[0])
 
@@ -70,8 +70,10 @@ def verify(
         degrees = {"parallel.tp": tp, "parallel.cp": cp, "parallel.dp": dp, "parallel.pp": pp, "parallel.ep": ep}
         choices = {"parallel.layout": layout, "parallel.strategy": strategy, "parallel.attention": attention}
         given = {key: value for key, value in {**degrees, **choices, "data.documents": documents}.items() if value is not None}
-        if matrix and given:
-            raise UserError(f"--matrix compares every mesh, so {next(iter(given))} is not for you to give")
+        varied = {*degrees, "parallel.layout", "data.documents"}
+        fixed = [*given, *(key for key in (override.partition("=")[0] for override in overrides) if key in varied)]
+        if matrix and fixed:
+            raise UserError(f"--matrix compares every mesh, so {fixed[0]} is not for you to give")
         given |= {key: value for key, value in {"data.context": context, "precision": dtype}.items() if value is not None}
         values = ["precision=fp64", *overrides, *(f"{key}={value}" for key, value in given.items())]
 
@@ -80,14 +82,14 @@ def verify(
 
             return (plan_matrix if matrix else plan_one)(config, values, world, sequences)
 
-        if json is not None:
-            from ..verification.report import check_writable
-
-            check_writable(json)
         from ..environment import launch, process_group
 
         if not under_torchrun():
-            processes = nproc or _fitting(plan)
+            if json is not None:
+                from ..verification.report import check_writable
+
+                check_writable(json)
+            processes = nproc or _fitting(plan, share_device)
             plan(processes)
             if processes > 1:
                 options = ["--matrix"] * matrix + ["--share-device"] * share_device

@@ -24,7 +24,7 @@ from .checkpoint import Checkpointer
 from .data import Batch, Loader, Samples
 from .metrics import Reporter, plot_losses, read_metrics
 from .optimizer import build_optimizer, learning_rate
-from .profile import WARM_UP, profiled
+from .profile import WARM_UP, check_profile_folder, profiled
 from .run_folder import check_run_folder, checkpoint_folder, checkpoints
 from .sample import continue_greedily
 from .token_files import TokenStream, prepare, read_tokenizer
@@ -201,6 +201,8 @@ def run_training(config: Config, environment: Environment, resume: bool, stop_at
     profile: a folder for the trace of one step and what it sent.
     Every rank calls it. Raises UserError for what the user can mend.
     """
+    if profile:
+        check_profile_folder(profile)
     if environment.leads:
         check_run_folder(config.run, resume)
         prepare(config)

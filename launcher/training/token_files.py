@@ -145,16 +145,17 @@ class TokenStream:
         index = self.data.index
         self.dtype = index.dtype
         self.length = int(np.sum(index.sequence_lengths))
-        self.boundaries = np.concatenate([[0], np.cumsum(index.sequence_lengths)])[index.document_indices]
-        """Where documents begin, and the end, in tokens."""
+        # Of several empty documents at one place only the border is left.
+        self.boundaries = np.unique(np.concatenate([[0], np.cumsum(index.sequence_lengths)])[index.document_indices])
+        """Where documents begin, and the end, in tokens; ascending."""
         expected, found = self.length * np.dtype(self.dtype).itemsize, Path(f"{prefix}.bin").stat().st_size
         if found != expected:
             raise UserError(f"{prefix}.bin: {found} bytes, its index says {expected}: the file is truncated or another's")
 
     def cu_seqlens(self, start: int, count: int) -> list[int]:
         """Where the documents among tokens [start, start + count) begin, counted from `start`: 0 first and `count` last."""
-        inside = self.boundaries[(self.boundaries > start) & (self.boundaries < start + count)] - start
-        return [0, *inside.tolist(), count]
+        first, last = np.searchsorted(self.boundaries, start, "right"), np.searchsorted(self.boundaries, start + count)
+        return [0, *(self.boundaries[first:last] - start).tolist(), count]
 
     def read(self, start: int, count: int) -> Any:
         """Tokens [start, start + count) as a numpy array of int64."""

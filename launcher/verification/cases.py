@@ -90,6 +90,9 @@ def _variants(base: Config, world: int) -> Iterator[ParallelConfig]:
                 for key, mixer in (("strategy", "mamba2"), ("attention", "attention")):
                     for choice in _choices(key) if mixer in mixers else []:
                         yield variant(**degrees, layout=layout, **{key: choice})
+            elif tp == 1 and cp > 1 and any(layer.mixer == "attention" for layer in base.model.layers):
+                # Heads that do not divide over all ranks may over fewer.
+                yield variant(**degrees, layout=layout, attention="ulysses")
 
 
 def _choices(key: str) -> list[str]:

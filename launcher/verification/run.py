@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from ..environment import Environment
 from .cases import Plan
-from .report import Report, failure, write_json
+from .report import Report, check_writable, failure, write_json
 from .verifier import Verifier
 
 
@@ -15,6 +15,8 @@ def run_verification(plan: Plan, environment: Environment, json: Path | None) ->
     """Reports each comparison and writes the JSON file; one line on what is over its tolerance, or None. All ranks call it."""
     # Gathering a tensor cut over two axes takes two steps: DTensor warns of that, and here it does not matter.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    if environment.leads and json is not None:
+        check_writable(json)
     report = Report(len(plan.configs)) if environment.leads else None
     if report:
         report.notes(plan.notes)

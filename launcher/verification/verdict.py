@@ -6,6 +6,7 @@ much a matter of chance that in bf16 the rule by tensor fails on sound meshes.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -87,7 +88,8 @@ def over_limit(errors: Errors, one_rank: Errors | None, model: ModelConfig) -> l
     for quantity, names in (one_rank or {}).items():
         for name, error in names.items():
             peers = _peers(quantity, name, model)
-            limits[peers] = max(limits.get(peers, FLOOR), 2 * error)
+            # A rank that overflows itself allows nothing.
+            limits[peers] = max(limits.get(peers, FLOOR), 2 * error if math.isfinite(error) else FLOOR)
     over = []
     for quantity, names in errors.items():
         for name, error in names.items():

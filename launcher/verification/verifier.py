@@ -204,7 +204,7 @@ def _build_mesh_of_one(device_type: str) -> Mesh:
     """A mesh for each rank with nobody else on it. All ranks call it."""
     copies = init_device_mesh(device_type, (dist.get_world_size(), 1, 1, 1, 1), mesh_dim_names=("copies", *AXES))
     dense = copies[AXES]
-    return Mesh(dense, dense["dp", "cp"]._flatten("dp_cp"), dense["cp"].get_group())
+    return Mesh(dense, dense["dp", "cp"]._flatten("dp_cp"))
 
 
 def _free() -> None:

@@ -35,7 +35,7 @@ class Hosts:
         self.processes: list[subprocess.Popen[str]] = []
         try:
             self._connect()
-        except (subprocess.CalledProcessError, TimeoutError) as error:
+        except (subprocess.SubprocessError, OSError) as error:
             self.close()
             raise Refused(f"network namespaces are refused here: {getattr(error, 'stderr', None) or error}") from error
 
@@ -47,6 +47,8 @@ class Hosts:
             self._on(host, "ip", "link", "set", "lo", "up")
             self._on(host, "ip", "address", "add", f"{address}/24", "dev", "eth0")
             self._on(host, "ip", "link", "set", "eth0", "up")
+        # So that a kernel without the token bucket is found here.
+        self.limit("10gbit")
 
     def _wait_for_namespace(self, holder: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + 10

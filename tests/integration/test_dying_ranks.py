@@ -69,6 +69,7 @@ def test_a_silent_rank_is_named_by_all(ranks, tmp_path):
     for rank in (0, 1, 3):
         lines, told = ends(processes[rank], rank, tmp_path, within=60)
         assert "rank 2 is gone (of 4)" in told
+        assert bool(lines) == (rank == 0)
         assert [line for line in lines if "rank 2 is gone (of 4)" in line] == (lines if rank == 0 else [])
     # The timeout, the look, the grace of a main thread that does not end, and a loaded machine.
     assert time.monotonic() - started < 60

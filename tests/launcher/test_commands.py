@@ -85,6 +85,11 @@ def test_errors_before_anything_starts(tmp_path, text):
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
+def test_tasks_of_srun_need_ranks(tmp_path, text):
+    started = baton("train", "quickstart", *options(tmp_path), "--input", str(text), "--nproc", "2", SLURM_STEP_NUM_TASKS="8")
+    assert error_line(started).startswith("error: srun started 8 tasks and none knows its rank; allowed: one torchrun")
+
+
 def test_data_prepare(tmp_path, text):
     done = baton("data", "prepare", "quickstart", *options(tmp_path), "--input", str(text))
     assert done.returncode == 0, done.stderr

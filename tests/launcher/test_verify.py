@@ -124,7 +124,10 @@ def test_choices_are_replayed():
     flips = replay_choices(model, others)
     assert not torch.equal(model(inputs.ids)[0, 0], reference[0, 0])
     assert flips[0] == 1
-    replay_choices(model, [chosen[number].clone() for number in sorted(chosen)])
+    model = build_model(config.model, 0, torch.float64)
+    flips = replay_choices(model, [chosen[number].clone() for number in sorted(chosen)])
+    assert torch.equal(model(inputs.ids), reference)
+    assert set(flips.values()) == {0}
 
 
 def test_differences():
@@ -239,8 +242,10 @@ def baton_verify(tmp_path, *options, **environment):
 
 
 def test_the_command(tmp_path):
-    """Every mesh of two ranks in one set of workers."""
-    done, written = baton_verify(tmp_path, "--matrix", "--nproc", "2", "model.pattern=M*E", "model.mamba2.groups=1")
+    """Every mesh of two ranks in one set of workers, which talk through the host as on one device."""
+    done, written = baton_verify(
+        tmp_path, "--matrix", "--share-device", "--nproc", "2", "model.pattern=M*E", "model.mamba2.groups=1"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert written["ok"]
     for case in written["cases"]:

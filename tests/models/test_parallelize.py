@@ -120,3 +120,34 @@ def refused_tables(rank, config):
 
 def test_tables_that_do_not_fit_are_refused(pool):
     pool.run(2, refused_tables, tiny_config(["parallel.tp=2"], 2))
+
+
+def wired(rank, config):
+    """What the config has made of the model, and how long its groups wait."""
+    from baton.models.mixers.attention import Attention
+    from baton.models.mixers.mamba2 import StateSpace
+    from baton.models.parallelize import build_sharded_model
+    from baton.parallel.mesh import AXES, build_mesh
+
+    mesh = build_mesh(config.parallel, "cpu")
+    modules = list(build_sharded_model(config, mesh, torch.device("cpu")).modules())
+    scans = {(m.scan.strategy, m.scan.transport) for m in modules if isinstance(m, StateSpace)}
+    groups = [mesh.states, *(mesh.group(axis) for axis in AXES)]
+    limits = {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
+    return scans, {m.attend.strategy for m in modules if isinstance(m, Attention)}, limits
+
+
+def test_the_config_decides(pool):
+    keys = ["parallel.cp=2", "parallel.strategy=doubling", "parallel.transport=bf16", "parallel.attention=ring"]
+    found = pool.run(2, wired, tiny_config(keys, 2), timeout=77.0)
+    assert found == [({("doubling", torch.bfloat16)}, {"ring"}, {77.0})] * 2
+
+
+def test_auto_goes_by_the_measured_links(pool, tmp_path):
+    """A link on which a round costs nothing and a byte very much; only the first rank reads the file."""
+    links = tmp_path / "links.yaml"
+    links.write_text("[{backend: gloo, device: cpu, ranks: 4, nodes: 1, latency: 1.0e-12, bandwidth: 1000.0}]")
+    chosen = [pool.run(4, wired, tiny_config(["parallel.cp=4", *more], 4)) for more in ([], [f"parallel.links={links}"])]
+    assert [found[0][0] for found in chosen] == [{("allgather", None)}, {("sliced", None)}]
+    assert [found[0][1] for found in chosen] == [{"allgather"}, {"ring"}]
+    assert all(rank == found[0] for found in chosen for rank in found)

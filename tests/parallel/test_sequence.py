@@ -1,4 +1,4 @@
-"""State passing, halo, vocabulary shards and norms over ranks, each against one process, in fp64."""
+"""Halo, vocabulary shards and norms over ranks, each against one process, in fp64."""
 
 import pytest
 import torch

@@ -36,7 +36,16 @@ setup(
         "numpy>=1.26",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.12", "mypy>=1.11", "types-PyYAML", "setuptools>=70", "wheel"]
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.12",
+            "mypy>=1.11",
+            "types-PyYAML",
+            "setuptools>=70",
+            "wheel",
+        ]
     },
     entry_points={"console_scripts": ["baton = baton.launcher.cli:main"]},
 )

@@ -1,4 +1,4 @@
-"""Halo, vocabulary shards and norms over ranks, each against one process, in fp64."""
+"""SSD with its initial and final state, halo, vocabulary shards and norms over ranks, each against one process, in fp64."""
 
 import pytest
 import torch
@@ -6,6 +6,8 @@ import torch.distributed as dist
 
 from baton.kernels.conv import causal_conv
 from baton.kernels.cross_entropy import cross_entropy_sum
+from baton.kernels.ssd import ssd
+from baton.parallel.affine_scan import SequenceScan
 from baton.parallel.collectives import all_sum
 from baton.parallel.gradients import clip, local_part, total_norm
 from baton.parallel.halo import SequenceHalo
@@ -37,6 +39,54 @@ def test_halo(pool, kind, world):
     for rank, (found, dx) in enumerate(pool.run(world, halo, layout)):
         assert relative_error(found, layout.shard(y.detach(), rank)) <= 1e-12
         assert relative_error(dx, layout.shard(x.grad, rank)) <= 1e-12
+
+
+SHARED = ("A", "D", "dt_bias")
+"""Operands of the scan that every rank has whole."""
+
+
+def scan_operands():
+    """By name: of 24 tokens in documents of which one begins on a border, with an initial state, and weights of the outputs."""
+    shapes = {"x": (2, 24, 4, 3), "dt": (2, 24, 4), "B": (2, 24, 2, 5), "C": (2, 24, 2, 5), "D": (4,), "dt_bias": (4,)}
+    values = dict(zip(shapes, draw(*shapes.values()), strict=True))
+    initial, dy, dfinal = draw((2, 4, 3, 5), (2, 24, 4, 3), (2, 4, 3, 5), seed=1)
+    resets = torch.zeros(2, 24, dtype=torch.bool)
+    resets[0, [5, 12]] = True
+    return values | {"A": -draw((4,), seed=2)[0].abs()}, initial, resets, dy, dfinal
+
+
+def run_scan(operands, initial, resets, dy, dfinal, scan=None):
+    leaves = {name: value.clone().requires_grad_() for name, value in operands.items()}
+    start = initial.clone().requires_grad_()
+    y, final = ssd(**leaves, initial_state=start, resets=resets, return_final_state=True, chunk_size=2, scan=scan)
+    loss = (y * dy).sum() if final is None else (y * dy).sum() + (final * dfinal).sum()
+    loss.backward()
+    return y.detach(), None if final is None else final.detach(), {name: t.grad for name, t in leaves.items()}, start.grad
+
+
+def sharded_scan(rank, layout):
+    operands, initial, resets, dy, dfinal = scan_operands()
+    own = {name: t if name in SHARED else layout.shard(t, rank) for name, t in operands.items()}
+    scan = SequenceScan(layout, dist.group.WORLD, "sliced")
+    return run_scan(own, initial, layout.shard(resets, rank), layout.shard(dy, rank), dfinal, scan)
+
+
+@pytest.mark.parametrize(("kind", "world"), [("contiguous", 3), ("zigzag", 2)])
+def test_ssd_with_initial_and_final_state(pool, kind, world):
+    """Both are of the whole sequence: one is looked at where it begins, the other is there where it ends."""
+    layout = Layout(kind, world)
+    y, final, gradients, dinitial = run_scan(*scan_operands())
+    found = pool.run(world, sharded_scan, layout)
+    for rank, (own_y, own_final, own_gradients, own_dinitial) in enumerate(found):
+        assert relative_error(own_y, layout.shard(y, rank)) <= 1e-12
+        assert (own_final is not None) == (layout.owners[-1] == rank)
+        assert (own_dinitial is not None) == (layout.owners[0] == rank)
+        assert own_final is None or relative_error(own_final, final) <= 1e-12
+        assert own_dinitial is None or relative_error(own_dinitial, dinitial) <= 1e-12
+        for name in gradients.keys() - SHARED:
+            assert relative_error(own_gradients[name], layout.shard(gradients[name], rank)) <= 1e-12, name
+    for name in SHARED:
+        assert relative_error(sum(one[2][name] for one in found), gradients[name]) <= 1e-12, name
 
 
 def vocabulary(rank, world):

@@ -77,6 +77,7 @@ def _work(tasks: Any, results: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
     while True:
@@ -88,6 +89,8 @@ def _work(tasks: Any, results: Any) -> None:
             value = bytes(ForkingPickler.dumps(function(rank, *args)))
             dist.barrier()
             dist.destroy_process_group()
+            # DTensor remembers results by meshes that are equal, with the groups of those that are gone.
+            _clear_sharding_prop_cache()
         except BaseException:
             results.put((rank, False, traceback.format_exc()))
             return

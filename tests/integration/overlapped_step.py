@@ -1,10 +1,10 @@
 """Run as each of two ranks with a slow link between them: what a Mamba-2 mixer's step costs, and what its parts do.
 
-The last rank prints milliseconds as JSON: of the step, of the same step with nothing on the wire, and of the exchanges alone.
+The last rank prints the least milliseconds as JSON: of the step, of the same step with nothing on the wire, and of the exchanges
+alone.
 """
 
 import json
-import statistics
 import sys
 import time
 
@@ -20,7 +20,7 @@ from baton.parallel.halo import SequenceHalo
 from baton.parallel.layout import Layout
 
 SIZES = "model.mamba2={head_dim: 64, state_dim: 64, groups: 1, chunk_size: 64}"
-TOKENS, WIDTH, REPEATS = 2048, 768, 5
+TOKENS, WIDTH, REPEATS = 2048, 768, 7
 
 
 class Nothing(SequenceScan):
@@ -85,4 +85,4 @@ if __name__ == "__main__":
             times["exchanges"].append(milliseconds(exchanges, mixer, u))
             times["step"].append(milliseconds(step, mixer, u))
     if environment.rank == environment.world - 1:
-        sys.stdout.write(json.dumps({name: statistics.median(values[1:]) for name, values in times.items()}))
+        sys.stdout.write(json.dumps({name: min(values[1:]) for name, values in times.items()}))

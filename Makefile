@@ -1,4 +1,6 @@
 # make train: the small real job · make test: the tests · make lint · make test-quick. Each makes .venv and installs what it needs.
+# make test-kernels-all: every kernel, shape and target · make compiled: docs/performance/compiled.csv anew
+# make gpu: kernels' tests and benchmark on the GPU of this machine, installing nothing; WHEELS=FOLDER holds what it lacks
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -9,11 +11,11 @@ CONFIG ?= configs/quickstart.yaml
 # The folders here have names (`kernels`) that packages elsewhere have too: never search the working folder for imports.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help train test test-quick lint install clean
+.PHONY: help train test test-quick test-kernels-all compiled gpu lint install clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 install: $(VENV)/installed
 
@@ -28,10 +30,19 @@ train: install
 	@$(BIN)/baton train $(CONFIG) run=$(RUN) --nproc auto --resume
 
 test: install
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests -m "not exhaustive"
 
 test-quick: install
-	$(BIN)/pytest tests -m "not slow"
+	$(BIN)/pytest tests -m "not slow and not exhaustive"
+
+test-kernels-all: install
+	$(BIN)/pytest tests/kernels tests/test_interpreter.py
+
+compiled: install
+	$(BIN)/python tests/kernels/ahead_of_time.py --write
+
+gpu:
+	@PYTHON="$(PYTHON)" WHEELS="$(WHEELS)" tests/on_gpu.sh
 
 lint: install
 	$(BIN)/ruff check .

@@ -270,6 +270,8 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """Of the computation; bf16 keeps parameters, gradients' sums, A_log, D, dt_bias and the router in fp32."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """auto: Triton kernels on CUDA and ROCm where they take the sizes, PyTorch elsewhere; triton: an error where they do not."""
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
@@ -286,6 +288,8 @@ class Config(Section):
         return self
 
     def _check_parts(self) -> None:
+        if self.kernels == "triton" and self.precision == "fp64":
+            raise KeyedError("kernels", "is triton, whose kernels do not compute in precision fp64; allowed: auto, reference")
         check_tensor_degree(self.model, self.parallel.tp)
         check_context(self.model, self.parallel, self.data.context)
         check_attention(self.model, self.parallel)

@@ -64,9 +64,12 @@ def process_group(share_device: bool = False) -> Iterator[Environment]:
         _refuse_tasks_without_ranks()
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**options)
+    environment = Environment(dist.get_rank(), dist.get_world_size(), device)
+    if environment.leads:
+        _print_log()
     try:
         with beating(limit, _end_process):
-            yield Environment(dist.get_rank(), dist.get_world_size(), device)
+            yield environment
     except RankGone as gone:
         _announce(gone)
         raise UserError(str(gone)) from gone
@@ -93,6 +96,21 @@ def _timeout() -> timedelta:
     if not text.isdigit() or int(text) < 1:
         raise UserError(f"{TIMEOUT} is {text!r}, allowed: whole seconds, 1 and more")
     return timedelta(seconds=int(text))
+
+
+class _Lines(logging.Handler):
+    """Messages as lines on standard error, wherever that leads at the time: a progress line prints above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _print_log() -> None:
+    """What parts of this package say of themselves once, such as which kernels run, is seen."""
+    logger = logging.getLogger(__name__.partition(".")[0])
+    if not logger.handlers:
+        logger.addHandler(_Lines())
+        logger.setLevel(logging.INFO)
 
 
 def _choose_device(share_device: bool) -> torch.device:

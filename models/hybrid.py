@@ -43,10 +43,12 @@ class Layer(nn.Module):
         self, x: Tensor, positions: Tensor | None = None, documents: Documents | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """x [b, l, d], positions [l] -> x, and the layer's auxiliary loss if it has one."""
-        x = x + self.mixer(self.mixer_norm(x), positions, documents)
+        y = self.mixer(self.mixer_norm(x), positions, documents)
         if self.kinds.feed_forward is None:
-            return x, None
-        y, auxiliary = self.feed_forward(self.feed_forward_norm(x)), None
+            # Not left to the next layer's norm: checkpointing would keep two tensors of a layer's border instead of their sum.
+            return x + y, None
+        normed, x = self.feed_forward_norm(y, x)
+        y, auxiliary = self.feed_forward(normed), None
         if self.kinds.feed_forward == "moe":
             y, auxiliary = y
         return x + y, auxiliary

@@ -3,9 +3,9 @@
 from typing import ClassVar
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..configs.schema import ModelConfig
+from ..kernels.swiglu import swiglu
 from .sharding import COLUMNS, ROWS, Sharding
 
 
@@ -23,4 +23,4 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, l, d] -> [b, l, d]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..configs.schema import ModelConfig
+from ..kernels.moe import grouped_linear, permute, route, unpermute
+from ..kernels.moe.engine import grouped_matmul  # noqa: F401
+from ..kernels.swiglu import swiglu
 from .sharding import Sharding, Split
 
 
@@ -40,9 +43,10 @@ class MoE(nn.Module):
 
     def _imbalance(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
         experts = probabilities.shape[1]
-        hits = torch.bincount(chosen.flatten(), minlength=experts).to(probabilities.dtype)
+        # Not bincount: on a GPU the host waits for that.
+        hits = torch.zeros_like(probabilities).scatter_(-1, chosen, 1.0).sum(0)
         # One message: hits, sums of probabilities, tokens. Summed before the product, which is not linear in the batch.
-        statistics = torch.cat([hits, probabilities.sum(0), hits.new_tensor([len(chosen)])])
+        statistics = torch.cat([hits, probabilities.sum(0), hits.new_full((1,), len(chosen))])
         if self.sum_over_tokens is not None:
             statistics = self.sum_over_tokens(statistics)
         hits, totals, count = statistics.split([experts, experts, 1])
@@ -76,23 +80,8 @@ class Experts(nn.Module):
 
     def forward(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """tokens [t, d], weights and chosen experts [t, k] -> [t, d]."""
-        k = chosen.shape[1]
-        order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=self.gate_proj.shape[0])
-        x = tokens.repeat_interleave(k, 0)[order]
-        h = F.silu(grouped_linear(x, self.gate_proj, counts)) * grouped_linear(x, self.up_proj, counts)
-        y = grouped_linear(h, self.down_proj, counts)[order.argsort()].unflatten(0, (-1, k))
-        return (y * weights[..., None]).sum(1)
-
-
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """x [t, i] whose first counts[0] rows belong to expert 0 and so on, weight [E, o, i] -> x weight_eᵀ, [t, o]."""
-    if x.is_cuda and x.dtype == torch.bfloat16 and not any(size % 8 for size in weight.shape[1:]):
-        return grouped_matmul(x, weight, counts)
-    parts = x.split(counts.tolist())
-    return torch.cat([F.linear(part, expert) for part, expert in zip(parts, weight.unbind(), strict=True)])
-
-
-def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """As `grouped_linear`, in one kernel where the device has it."""
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
+        routing = route(chosen, self.gate_proj.shape[0])
+        x, counts = permute(tokens, routing), routing.counts
+        gate, up = (grouped_linear(x, weight, counts) for weight in (self.gate_proj, self.up_proj))
+        h = swiglu(gate, up, weights.flatten().index_select(0, routing.order))
+        return unpermute(grouped_linear(h, self.down_proj, counts), routing)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..kernels.norm import gated_group_rms_norm, rms_norm
+from ..kernels.norm import add_rms_norm, gated_group_rms_norm, rms_norm
 from .initialization import Initializers, ones
 from .sharding import ROWS, Sharding
 
@@ -21,9 +21,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(d))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., d] -> [..., d]."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """[..., d] -> [..., d]; with a residual, also [..., d]: the norm of x added to it, and the sum."""
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps)
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class GatedGroupRMSNorm(nn.Module):

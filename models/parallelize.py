@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from ..configs.schema import Config, check_tensor_degree
+from ..kernels import dispatch
 from ..parallel.affine_scan import SequenceScan
 from ..parallel.attention import ATTENTION_FLOPS, SequenceAttention, choose_attention
 from ..parallel.attention import Strategy as AttentionStrategy
@@ -36,8 +37,9 @@ ACTIVATION_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
 def build_sharded_model(config: Config, mesh: Mesh, device: torch.device) -> HybridModel:
     """The config's model, each part filled and sharded before the next takes memory; the values are those of one device.
 
-    Raises ValueError where the model does not fit the mesh.
+    The process runs the config's kernels from here on. Raises ValueError where the model does not fit the mesh.
     """
+    dispatch.choose(config.kernels)
     check_tensor_degree(config.model, mesh.size("tp"))
     with torch.device("meta"):
         model = HybridModel(config.model).to(DTYPES[config.precision])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.cross_entropy import cross_entropy_sum
+from ..kernels.cross_entropy import projected_cross_entropy_sum
 from .sharding import ROWS, Sharding
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """x [b, l, d] -> logits [b, l, vocab]; with labels [b, l], the cross entropy summed over tokens, a scalar."""
+        if labels is not None:
+            project = self.shards.projected_cross_entropy_sum if self.shards else projected_cross_entropy_sum
+            return project(x, self.weight, labels)
         logits = F.linear(x, self.weight)
-        if labels is None:
-            return self.shards.whole(logits) if self.shards else logits
-        return self.shards.cross_entropy_sum(logits, labels) if self.shards else cross_entropy_sum(logits, labels)
+        return self.shards.whole(logits) if self.shards else logits

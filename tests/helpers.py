@@ -9,6 +9,10 @@ from baton.configs.schema import Config
 from baton.launcher.environment import Environment
 from baton.launcher.verification.verdict import Verdict
 from baton.launcher.verification.verifier import Verifier
+from interpreter import INTERPRETED
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+"""Where tests of kernels put their tensors: the GPU if there is one."""
 
 SEQUENCES, CONTEXT, VOCAB = 2, 48, 64
 

@@ -16,7 +16,8 @@ Over a chunk of q tokens the recurrence is an affine map of the state, S_out = T
                 a reverse scan    -> the gradient of every U        (injected)
                 chunk_main_grads  -> dx, ddt, dA, dB, dC, dD
 
-Every function here is parallel over chunks and walks them in cache-sized blocks; all recurrence is in the injected scan.
+Every one of these is parallel over chunks and walks them in cache-sized blocks; all recurrence is in the injected scan. `prepare`,
+`maps`, `outputs`, `gate_grads`, `state_grads` and `main_grads` are the same on whole tensors, as `fused` has them too.
 
 Shapes: b sequences, l tokens (s chunks of q, padded with dt = 0, the identity step), h heads of p, g groups, state n.
 """
@@ -27,7 +28,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from .operands import Grads, Operands, Prepared
+
+NO_LIMIT = (0.0, float("inf"))
 LOG2E = 1.0 / math.log(2.0)
 # Floats of one block's [heads, q, q + p] work, so that it stays in cache (2 MB measured best).
 BLOCK_FLOATS = 1 << 19
@@ -205,6 +210,85 @@ def chunk_main_grads(c: Chunks, dy: Tensor, D: Tensor | None, S_in: Tensor, dU: 
         dx[at] = dx_f
         dB[at], dC[at] = _ungroup(dB_g, c.B[at]), _ungroup(dC_g, c.C[at])
     return MainGrads(dx, ddt, dA, dB, dC, dD)
+
+
+def prepare(o: Operands) -> Prepared:
+    """Positive dt [b, l, h] in fp32 or fp64, clamp(softplus(dt + dt_bias), low, high); no scores."""
+    positive = F.softplus(_raw(o))
+    return Prepared(positive if (o.low, o.high) == NO_LIMIT else positive.clamp(o.low, o.high), o.x.new_empty(0))
+
+
+def prepared_like(o: Operands) -> Prepared:
+    """As `prepare`, without values."""
+    return Prepared(torch.empty_like(_raw(o)), o.x.new_empty(0))
+
+
+def map_count(o: Operands) -> int:
+    """Maps of each sequence: one a chunk."""
+    return o.runs * -(-(o.x.shape[1] // o.runs) // o.chunk)
+
+
+def maps(o: Operands, prepared: Prepared) -> tuple[Tensor, Tensor]:
+    """Each chunk's map from a zero state: log_T [b, s, h] (natural logarithm) and U [b, s, h, p, n]."""
+    log_T, U = chunk_maps(_chunks(o, prepared))
+    return log_T.unflatten(0, (o.x.shape[0], -1)), U.unflatten(0, (o.x.shape[0], -1))
+
+
+def outputs(o: Operands, prepared: Prepared, z: Tensor | None, S_in: Tensor) -> Tensor:
+    """y [b, l, h, p] in x's dtype, times silu(z) if z is given, from the state entering each chunk, S_in [b, s, h, p, n]."""
+    if z is None:
+        return _outputs(o, prepared, S_in)
+    y = _outputs(o._replace(x=o.x.to(prepared.steps.dtype)), prepared, S_in)
+    return (y * F.silu(z.to(y.dtype))).to(o.x.dtype)
+
+
+def gate_grads(o: Operands, prepared: Prepared, z: Tensor, S_in: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of y, before its gate, and of z, [b, l, h, p] in their dtypes; y is computed anew."""
+    y = _outputs(o._replace(x=o.x.to(prepared.steps.dtype)), prepared, S_in)
+    dout, wide = dout.to(y.dtype), z.to(y.dtype)
+    sigmoid = torch.sigmoid(wide)
+    dz = dout * y * sigmoid * (1 + wide * (1 - sigmoid))
+    return (dout * wide * sigmoid).to(o.x.dtype), dz.to(z.dtype)
+
+
+def state_grads(o: Operands, prepared: Prepared, dy: Tensor) -> Tensor:
+    """The gradient of each chunk's S_in through its own outputs, [b, s, h, p, n]."""
+    dS_in = chunk_state_grads(_chunks(o, prepared), pad_and_chunk(dy, o.runs, o.chunk))
+    return dS_in.unflatten(0, (o.x.shape[0], -1))
+
+
+def main_grads(o: Operands, prepared: Prepared, S_in: Tensor, dU: Tensor, dy: Tensor) -> Grads:
+    """Everything but the states, from those entering chunks and the gradients of those leaving them, [b, s, h, p, n]."""
+    chunked = pad_and_chunk(dy, o.runs, o.chunk)
+    grads = chunk_main_grads(_chunks(o, prepared), chunked, o.D, S_in.flatten(0, 1), dU.flatten(0, 1))
+    dx, dB, dC = (unchunk(g, t.shape, o.runs).clone() for g, t in ((grads.dx, o.x), (grads.dB, o.B), (grads.dC, o.C)))
+    ddt = unchunk(grads.ddt, o.dt.shape, o.runs) * _positive_grad(o)
+    dD = torch.zeros_like(grads.dA) if grads.dD is None else grads.dD
+    return Grads(dx, ddt.to(o.dt.dtype), grads.dA, dB, dC, dD, ddt.sum((0, 1), dtype=torch.float64))
+
+
+def _chunks(o: Operands, prepared: Prepared) -> Chunks:
+    return make_chunks(o.x, prepared.steps, o.A, o.B, o.C, o.resets, o.runs, o.chunk)
+
+
+def _outputs(o: Operands, prepared: Prepared, S_in: Tensor) -> Tensor:
+    chunked = chunk_outputs(_chunks(o, prepared), S_in.flatten(0, 1), o.D)
+    # A tensor of its own and not a view: FSDP warns of views that a module returns.
+    return torch.empty_like(o.x, memory_format=torch.contiguous_format).copy_(unchunk(chunked, o.x.shape, o.runs))
+
+
+def _raw(o: Operands) -> Tensor:
+    raw = o.dt.to(torch.promote_types(o.dt.dtype, torch.float32))
+    return raw if o.dt_bias is None else raw + o.dt_bias.to(raw.dtype)
+
+
+def _positive_grad(o: Operands) -> Tensor:
+    raw = _raw(o)
+    slope = torch.sigmoid(raw)
+    if (o.low, o.high) == NO_LIMIT:
+        return slope
+    positive = F.softplus(raw)
+    return slope * ((positive >= o.low) & (positive <= o.high))
 
 
 class _Decays:

@@ -1,7 +1,7 @@
 """`baton bench`: measures what the machine gives."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -55,6 +55,57 @@ def exchange(
             _measure(layout, nproc, links or LINKS, quick)
 
 
+@app.command()
+def kernels(
+    json: Path | None = typer.Option(None, help="Where the numbers go, anew after each."),
+    op: list[str] = typer.Option([], help="An operation, more than once for several; all unless given."),
+    tokens: str = typer.Option("", help="Lengths, 8192,32768,131072,262144 unless given."),
+    quick: bool = typer.Option(False, "--quick", help="8192 tokens unless given, and three repetitions."),
+    peers: Path | None = typer.Option(None, envvar="BATON_PEERS", help="A folder in which mamba_ssm and fla are looked for too."),
+    model: bool = typer.Option(False, "--model", help="No device: launches, bytes and FLOPs by counting."),
+) -> None:
+    """Time every kernel on the GPU, beside PyTorch, mamba_ssm and flash-linear-attention; or count what they move."""
+    from ..errors import user_errors
+
+    with user_errors():
+        for name, value in {"json": json, "quick": quick or None}.items():
+            if model and value is not None:
+                _foreign(name, "measures, which --model does not")
+        from ..benchmarks.kernel_cases import CASES
+        from ..benchmarks.kernel_counts import print_counts
+        from ..benchmarks.kernels import LENGTHS, QUICK_LENGTHS, bench_kernels
+
+        names = [_known(name, list(CASES)) for name in op] or list(CASES)
+        lengths = _lengths(tokens) or (QUICK_LENGTHS if quick else LENGTHS)
+        if model:
+            print_counts(names, lengths)
+        else:
+            bench_kernels(names, lengths, quick, peers, json)
+
+
+def _known(name: str, names: list[str]) -> str:
+    from ...configs.errors import UserError
+
+    if name not in names:
+        raise UserError(f"--op is {name!r}, allowed: {', '.join(names)}")
+    return name
+
+
+def _lengths(tokens: str) -> list[int]:
+    from ...configs.errors import UserError
+
+    parts = [part.strip() for part in tokens.split(",")] if tokens else []
+    if not all(part.isascii() and part.isdigit() and len(part) < 9 and 0 < int(part) <= 2**24 for part in parts):
+        raise UserError(f"--tokens is {tokens!r}, allowed: numbers from 1 to {2**24} with commas between them, such as 8192,32768")
+    return [int(part) for part in parts]
+
+
+def _foreign(option: str, why: str) -> NoReturn:
+    from ...configs.errors import UserError
+
+    raise UserError(f"--{option} {why}")
+
+
 def _check_options(layout: str, simulate: bool, foreign: dict[str, Any]) -> None:
     from ...configs.errors import UserError
 
@@ -62,9 +113,7 @@ def _check_options(layout: str, simulate: bool, foreign: dict[str, Any]) -> None
         raise UserError(f"--layout is {layout!r}, allowed: contiguous, zigzag")
     for name, value in foreign.items():
         if value is not None:
-            raise UserError(
-                f"--{name} {'measures, which --simulate does not' if simulate else 'is of --simulate, which is not given'}"
-            )
+            _foreign(name, "measures, which --simulate does not" if simulate else "is of --simulate, which is not given")
 
 
 def _simulate(layout: str, asked: dict[str, Any]) -> None:

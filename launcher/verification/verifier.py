@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from ...configs.schema import Config, Degrees, ModelConfig, ParallelConfig
+from ...kernels import dispatch
 from ...models.hybrid import HybridModel, build_model
 from ...models.parallelize import build_sharded_model
 from ...parallel.mesh import AXES, Mesh, build_mesh
@@ -86,7 +87,8 @@ class Verifier:
         if self.leads:
             model = self._exact_model(config)
             inputs, chosen = reference.batch.inputs(Share.all(), self.device), record_choices(model)
-            reference.keep(forward_backward(model, inputs, reference.batch.labelled))
+            with dispatch.chosen("reference"):
+                reference.keep(forward_backward(model, inputs, reference.batch.labelled))
             reference.rate = visible_rate(model)
             reference.keep(update(model, reference.rate))
             reference.choices = [chosen[number].unflatten(0, inputs.ids.shape) for number in sorted(chosen)]
@@ -178,7 +180,8 @@ class Verifier:
         config = verdict.config
         if self.leads:
             inputs = reference.batch.inputs(Share.all(), self.device)
-            reference.keep(layer_outputs(self._exact_model(config), inputs))
+            with dispatch.chosen("reference"):
+                reference.keep(layer_outputs(self._exact_model(config), inputs))
         one_rank = None
         if config.precision != "fp64":
             one_rank, _ = self._on_one_rank(config, reference, layer_outputs)

@@ -1,18 +1,16 @@
-"""SSD with its initial and final state, halo, vocabulary shards and norms over ranks, each against one process, in fp64."""
+"""SSD with its initial and final state, halo and norms over ranks, each against one process, in fp64."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from baton.kernels.conv import causal_conv
-from baton.kernels.cross_entropy import cross_entropy_sum
 from baton.kernels.ssd import ssd
 from baton.parallel.affine_scan import SequenceScan
 from baton.parallel.collectives import all_sum
 from baton.parallel.gradients import clip, local_part, total_norm
 from baton.parallel.halo import SequenceHalo
 from baton.parallel.layout import Layout
-from baton.parallel.vocabulary import VocabularyShards
 from helpers import relative_error
 
 
@@ -87,30 +85,6 @@ def test_ssd_with_initial_and_final_state(pool, kind, world):
             assert relative_error(own_gradients[name], layout.shard(gradients[name], rank)) <= 1e-12, name
     for name in SHARED:
         assert relative_error(sum(one[2][name] for one in found), gradients[name]) <= 1e-12, name
-
-
-def vocabulary(rank, world):
-    shards = VocabularyShards(dist.group.WORLD)
-    rows, x = draw((12, 6), (2, 5, 6))
-    own = rows.chunk(world)[rank].clone().requires_grad_()
-    labels = torch.tensor([[1, 11, -100, 0, 6], [7, 3, -100, 3, 5]])
-    embedded = shards.embed(labels.clamp(min=0), own)
-    loss = shards.cross_entropy_sum(x @ own.T, labels)
-    (loss + (embedded * x).sum()).backward()
-    return embedded.detach(), loss.detach(), shards.whole(x @ own.detach().T), own.grad
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_vocabulary_shards(pool, world):
-    rows, x = draw((12, 6), (2, 5, 6))
-    rows.requires_grad_()
-    labels = torch.tensor([[1, 11, -100, 0, 6], [7, 3, -100, 3, 5]])
-    embedded, loss = rows[labels.clamp(min=0)], cross_entropy_sum(x @ rows.T, labels)
-    (loss + (embedded * x).sum()).backward()
-    for rank, found in enumerate(pool.run(world, vocabulary, world)):
-        reference = (embedded.detach(), loss.detach(), x @ rows.detach().T, rows.grad.chunk(world)[rank])
-        for one, other in zip(found, reference, strict=True):
-            assert relative_error(one, other) <= 1e-12
 
 
 def summed_parts(rank):

@@ -1,0 +1,4 @@
+"""Mamba-1's selective scan."""
+
+from .op import SelectiveScanInFlight, selective_scan, start_selective_scan
+from .reference import selective_scan_sequential

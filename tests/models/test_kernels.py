@@ -3,6 +3,7 @@
 import pytest
 
 from baton.configs.errors import UserError
+from baton.launcher.verification.verdict import over_limit
 from helpers import DEVICE, compare, tiny_config
 
 SIZES = [
@@ -21,15 +22,17 @@ SIZES = [
     [
         pytest.param(1, ["data.documents=packed"], marks=pytest.mark.exhaustive),
         (2, ["parallel.cp=2", "parallel.layout=zigzag", "data.documents=packed"]),
-        pytest.param(2, ["parallel.tp=2"], marks=pytest.mark.exhaustive),
+        pytest.param(2, ["parallel.tp=2", "data.documents=single"], marks=pytest.mark.exhaustive),
     ],
     ids=["one rank", "cp2", "tp2"],
 )
 def test_the_hybrid_on_kernels(pool, world, overrides):
-    """Loss, logits, gradients and updated parameters in fp32, by the same limits as PyTorch's."""
-    config = tiny_config([*SIZES, "precision=fp32", *overrides], world)
+    """Loss, logits, gradients and updated parameters in bf16: by the same limits as PyTorch's, and no worse than with those."""
+    config = tiny_config([*SIZES, "precision=bf16", *overrides], world)
+    (plain,) = pool.run(1, compare, tiny_config([*SIZES, "precision=bf16", "kernels=reference", *overrides[-1:]], 1))
     for verdict in pool.run(world, compare, config):
-        assert verdict.ok, verdict
+        assert verdict.ok, (verdict.over, verdict.first_difference)
+        assert over_limit(verdict.errors, plain.one_rank, config.model) == []
 
 
 def test_what_kernels_cannot_take_is_one_line(pool):

@@ -58,7 +58,9 @@ def gradient_kernel(
         column = start + tl.arange(0, BLOCK)
         inside = column < columns
         logits = tl.load(logits_inout_ptr + column, mask=inside, other=float("-inf")).to(tl.float32)
-        gradient = tl.exp2((logits - highest) * LOG2E) * scale - tl.where(column == label - first_row, 1.0, 0.0)
+        # A rank whose part of the vocabulary is all -inf has no share, and no highest logit to speak of.
+        share = tl.where(scale == 0.0, 0.0, tl.exp2((logits - highest) * LOG2E) * scale)
+        gradient = share - tl.where(column == label - first_row, 1.0, 0.0)
         gradient = tl.where(label == IGNORED, 0.0, gradient)
         tl.store(logits_inout_ptr + column, gradient.to(logits_inout_ptr.dtype.element_ty), mask=inside)
 

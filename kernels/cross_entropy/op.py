@@ -47,7 +47,7 @@ def projected_cross_entropy_sum(
     _check(x, weight, labels)
     triton = dispatch.fused("cross_entropy", x.device, _obstacle(x))
     wanted = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight))
-    flat, places = x.reshape(-1, x.shape[-1]), labels.reshape(-1).long()
+    flat, places = x.reshape(-1, x.shape[-1]), labels.reshape(-1).long().contiguous()
     return _ProjectedCrossEntropySum.apply(flat, weight, places, first_row, gather, triton, wanted)
 
 

@@ -37,7 +37,7 @@ NEIGHBOURS = 8
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Arguments as `op.grouped_linear`; strides are free."""
-    (r, depth), (experts, columns, _) = x.shape, weight.shape
+    (r, depth), (experts, columns, _), counts = x.shape, weight.shape, counts.contiguous()
     y = x.new_empty(r, columns)
     tile = _tile(x.dtype, r // experts)
     row_tiles = (r + min(r, experts) * (tile.M - 1)) // tile.M
@@ -66,7 +66,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 def weight_gradient(dy: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     """dy [r, o] and x [r, i], rows as in `grouped_linear` -> Σ dyᵀ x over each expert's rows, [E, o, i], 0 for one without rows."""
-    (_, outputs), (_, inputs), (experts,) = dy.shape, x.shape, counts.shape
+    (_, outputs), (_, inputs), (experts,), counts = dy.shape, x.shape, counts.shape, counts.contiguous()
     dweight = x.new_empty(experts, outputs, inputs)
     tile = SINGLE if x.dtype == torch.float32 else WIDE
     grid = triton.cdiv(outputs, tile.M) * triton.cdiv(inputs, tile.N), experts
@@ -190,8 +190,8 @@ def weight_gradient_kernel(
     count = tl.sum(tl.where(each == expert, counts, 0), 0)
     lane = tl.arange(0, K)
     row = (tl.sum(tl.where(each < expert, counts, 0), 0) + lane).to(tl.int64)
-    output = output_tile * M + tl.arange(0, M)
-    input = input_tile * N + tl.arange(0, N)
+    output = (output_tile * M + tl.arange(0, M)).to(tl.int64)
+    input = (input_tile * N + tl.arange(0, N)).to(tl.int64)
     dy_at = dy_ptr + row[None, :] * dy_row + output[:, None] * dy_column
     x_at = x_ptr + row[:, None] * x_row + input[None, :] * x_column
     dweight = tl.zeros([M, N], tl.float32)

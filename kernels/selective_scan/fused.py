@@ -66,6 +66,7 @@ def maps(
     runs: int,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.maps`; its segments are other ones."""
+    dt_bias = _dense(dt_bias)
     d, n = A.shape
     cut, BD = cut_sequence(dt, runs), channels(n)
     T, U = _new(dt, cut.b, cut.total // cut.b, d), _new(dt, cut.b, cut.total // cut.b, d, n)
@@ -111,6 +112,7 @@ def outputs(
     runs: int,
 ) -> Tensor:
     """As `reference.outputs`."""
+    D, dt_bias = _dense(D), _dense(dt_bias)
     d, n = A.shape
     cut, BD = cut_sequence(dt, runs), channels(n)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -158,6 +160,7 @@ def state_grads(
     runs: int,
 ) -> Tensor:
     """As `reference.state_grads`."""
+    dt_bias = _dense(dt_bias)
     d, n = A.shape
     cut, BD = cut_sequence(dt, runs), channels(n)
     dS_in = _new(dt, cut.b, cut.total // cut.b, d, n)
@@ -207,9 +210,11 @@ def main_grads(
     runs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `reference.main_grads`."""
+    D, dt_bias = _dense(D), _dense(dt_bias)
     d, n = A.shape
     cut, BD, blocks = cut_sequence(dt, runs), channels(n), triton.cdiv(d, MAIN_CHANNELS)
-    dx, ddt, dz = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, x if z is None else z))
+    dx, ddt = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt))
+    dz = x.new_empty(0) if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
     x, dt, B, C, dy = _rows(x), _rows(dt), B.contiguous(), C.contiguous(), _rows(dy)
     z = None if z is None else _rows(z)
     rates, resets, S_in, dU = _by_state(A), _bytes(resets), S_in.contiguous(), dU.contiguous()
@@ -239,9 +244,9 @@ def main_grads(
         dA.sum(0).t().contiguous(),
         of_runs[0].to(B.dtype, copy=True),
         of_runs[1].to(C.dtype, copy=True),
-        _new(dt, d) if dD is None else dD.sum(0),
-        dz if z is not None else dz.new_empty(0),
-        _new(dt, d) if dbias is None else dbias.sum(0),
+        _new(dt, 0) if dD is None else dD.sum(0),
+        dz,
+        _new(dt, 0) if dbias is None else dbias.sum(0),
     )
 
 
@@ -266,7 +271,8 @@ def _(
     dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
     dz = x.new_empty(0) if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
     d, n = A.shape
-    return dx, ddt, _new(dt, d, n), dB, dC, _new(dt, d), dz, _new(dt, d)
+    dD, dbias = (_new(dt, 0 if t is None else d) for t in (D, dt_bias))
+    return dx, ddt, _new(dt, d, n), dB, dC, dD, dz, dbias
 
 
 def _new(like: Tensor, *shape: int) -> Tensor:
@@ -277,7 +283,16 @@ def _rows(tensor: Tensor) -> Tensor:
     """Itself where the last dim has no gaps and one stride leads from token to token over all sequences, else a copy."""
     b, l = tensor.shape[:2]
     even = b == 1 or tensor.stride(0) == l * tensor.stride(1)
-    return tensor if even and tensor.stride(2) == 1 else tensor.contiguous()
+    # Not contiguous(): with one token a sequence, any stride of a token passes for contiguous.
+    return (
+        tensor
+        if even and tensor.stride(2) == 1
+        else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    )
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _by_state(A: Tensor) -> Tensor:

@@ -273,9 +273,10 @@ def main_grads_kernel(
     skip = _of_channels(D_ptr, channel, here, HAS_D, BD)
     dD, dbias = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
     chunks = tl.cdiv(count, Q)
-    block = (tl.program_id(0) % tl.cdiv(d, BD)).to(tl.int64)
+    blocks = tl.cdiv(d, BD)
+    block = (tl.program_id(0) % blocks).to(tl.int64)
     dB_ptr = dBC_ptr + (block * windows + own) * length * N
-    dC_ptr = dB_ptr + tl.cdiv(d, BD).to(tl.int64) * windows * length * N
+    dC_ptr = dBC_ptr + ((block + blocks) * windows + own) * length * N
     for i in range(0, chunks):
         j = chunks - 1 - i
         start = first + j * Q

@@ -272,7 +272,7 @@ def _check(
             raise ValueError(f"selective_scan: {name} is {list(tensor.shape)}, expected {list(shape)} beside x {list(x.shape)}")
         if tensor.device != x.device:
             raise ValueError(f"selective_scan: {name} is on {tensor.device}, expected {x.device} as x")
-        if tensor.is_floating_point() == (name == "resets"):
+        if tensor.dtype != torch.bool if name == "resets" else not tensor.is_floating_point():
             raise ValueError(
                 f"selective_scan: {name} is {tensor.dtype}, allowed: {'bool' if name == 'resets' else 'floating point'}"
             )

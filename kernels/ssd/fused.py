@@ -1,7 +1,7 @@
 """The SSD scan's functions on Triton kernels: tensors in, tensors out; the same functions as in `reference`.
 
 Launches: forward prepare, maps, (the scan), outputs; backward prepare, state_grads, (the scan), six for main_grads, and with a gate
-one for gate_grads.
+one for gate_grads. Documents, and parameters in 16 bits, cost a small one each for every function.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,11 @@ HEADS = 8
 
 
 class Config(NamedTuple):
-    """Tiles and warps of one shape."""
+    """Tiles and warps of one shape: `fused_kernels` says what each kernel takes.
+
+    chunk are tokens; rows are channels of heads, kept along a whole segment; channels and dims are parts of p and n that a product
+    takes at a time; tokens those of a tile of dB or dC. stages: how far ahead operands are loaded.
+    """
 
     chunk: int
     segment_rows: int
@@ -47,12 +51,14 @@ def config(p: int, n: int, dtype: torch.dtype, generation: int) -> Config:
     The largest tiles that spill no register on the device: fp32 is held as two words for its three products, Hopper and Blackwell
     read operands from shared memory where Ampere needs registers, AMD has 64 KiB of shared memory.
     """
+    # Not 12: consumer cards have the shared memory of 8.
+    wide = generation in (9, 10)
     if dtype == torch.float32:
         return Config(
             chunk=16,
             segment_rows=32,
             segment_warps=8,
-            output_rows=32 if n <= 128 and generation != 8 else 16,
+            output_rows=32 if n <= 128 and wide else 16,
             output_warps=8,
             score_channels=64 if p <= 64 else 16,
             score_dims=min(n, 32),
@@ -63,11 +69,10 @@ def config(p: int, n: int, dtype: torch.dtype, generation: int) -> Config:
             group_warps=8,
             stages=1,
         )
-    wide = generation >= 9
     return Config(
         chunk=64,
         segment_rows=64,
-        segment_warps=8 if n > 128 or (generation >= 10 and n == 64) else 4,
+        segment_warps=8 if n > 128 or (generation == 10 and n == 64) else 4,
         output_rows=64 if wide and p >= 64 and n <= 128 else 32,
         output_warps=8,
         score_channels=128,

@@ -31,6 +31,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+MOST = tl.constexpr(-24.0)
+"""A stronger decay of one token counts as this, in powers of two: it would drown the differences of those around it in the sum."""
 
 
 @triton.jit
@@ -63,7 +65,7 @@ def _prepare_steps(
     A = tl.load(A_ptr + h, mask=h < heads, other=0.0) * LOG2E
     at = (b * heads + h)[None, :] * padded + t[:, None]
     tl.store(dt_ptr + at, dt, mask=(h < heads)[None, :])
-    tl.store(cs_ptr + at, tl.cumsum(dt * A[None, :], 0), mask=(h < heads)[None, :])
+    tl.store(cs_ptr + at, tl.cumsum(tl.maximum(dt * A[None, :], MOST), 0), mask=(h < heads)[None, :])
 
 
 @triton.jit
@@ -343,9 +345,9 @@ def output_kernel(
         dt = tl.load(dt_ptr + decays + t)
         # Rows are the tokens that read, columns those that are read. min: the other side of the diagonal would overflow.
         if REVERSE:
-            L = tl.exp2(tl.minimum(cs[None, :] - cs[:, None], 0.0))
+            L = tl.exp2(tl.minimum(cs[None, :] - cs[:, None], 0.0)) * dt[:, None]
             seen = q[None, :] >= q[:, None]
-            enter, leave = tl.exp2(cl - cs), tl.exp2(cs)
+            enter, leave = tl.exp2(cl - cs) * dt, tl.exp2(cs)
         else:
             L = tl.exp2(tl.minimum(cs[:, None] - cs[None, :], 0.0)) * dt[None, :]
             seen = q[None, :] <= q[:, None]
@@ -366,8 +368,6 @@ def output_kernel(
             decay = tl.where(before == last, decay, 0.0)
         W = tl.where(seen, L * scores, 0.0)
         out = tl.dot(W.to(v.dtype), v, out * enter[:, None], input_precision=PRECISION)
-        if REVERSE:
-            out *= dt[:, None]
         if HAS_D:
             out += v.to(tl.float32) * D
         at = ((b * l + first) * heads + h) * P
@@ -703,6 +703,7 @@ def _store_ddt(
     raw = tl.load(raw_ptr + b * raw_batch + t.to(tl.int64)[None, :] * raw_token + h[:, None], mask=here, other=0.0).to(tl.float32)
     if HAS_BIAS:
         raw += tl.load(bias_ptr + h, mask=h < heads, other=0.0)[:, None]
+    da = tl.where(A[:, None] * LOG2E * dt > MOST, da, 0.0)
     unclamped = _softplus(raw)
     free = here & (unclamped >= low) & (unclamped <= high)
     ddt = tl.where(free, (dx_x + A[:, None] * da) * tl.sigmoid(raw), 0.0)

@@ -15,6 +15,8 @@ from .reference import NO_LIMIT
 
 HEAD_DIMS, STATE_DIMS = (32, 64, 128), (16, 64, 128, 256)
 """That the Triton kernels take."""
+MOST_SEQUENCES = 65535
+"""A limit of the third axis of a grid."""
 
 
 def ssd(
@@ -63,12 +65,13 @@ class SSDInFlight(NamedTuple):
     """A scan whose states are on the wire: what `finish` does not need of them has been done."""
 
     carrier: Tensor
-    """Ties both halves together in the autograd graph; without memory of its own."""
+    """What autograd sees of the first half: it ties both together, or where nothing travels is one of the operands."""
     flight: "_Flight | _Whole"
 
     def finish(self, z: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Waits for the states -> y [b, l, h, p], gated by z of that shape if given, and the final state [b, h, p, n], None but
         where the sequence ends."""
+        assert self.flight.operands is not None, "finish was called before"
         x = self.flight.operands.x
         if z is not None and (z.shape != x.shape or z.device != x.device):
             raise ValueError(f"ssd: z is {list(z.shape)} on {z.device}, expected {list(x.shape)} on {x.device} as x")
@@ -114,11 +117,13 @@ def obstacle(o: Operands) -> str | None:
         return f"x, B and C are {o.x.dtype}, {o.B.dtype} and {o.C.dtype}, allowed: the same of bf16, fp16, fp32"
     if o.dt.dtype not in kinds:
         return f"dt is {o.dt.dtype}, allowed: bf16, fp16, fp32"
+    if o.x.shape[0] * o.runs > MOST_SEQUENCES:
+        return f"x has {o.x.shape[0] * o.runs} runs of tokens, allowed: at most {MOST_SEQUENCES}"
     if p not in HEAD_DIMS:
         return f"x has head dim {p}, allowed: {', '.join(map(str, HEAD_DIMS))}"
     if n not in STATE_DIMS:
         return f"B has state dim {n}, allowed: {', '.join(map(str, STATE_DIMS))}"
-    if o.x.dtype == torch.float32 and n > 128 and generation(o.x.device) >= 10:
+    if o.x.dtype == torch.float32 and n > 128 and generation(o.x.device) == 10:
         # Its products go by tensor memory there, and the rest does not fit the registers.
         return f"B has state dim {n}, allowed in fp32 on Blackwell: at most 128"
     return None
@@ -224,6 +229,11 @@ def _wide(o: Operands) -> Tensor:
     return o.dt.new_empty(0, dtype=torch.promote_types(o.dt.dtype, torch.float32))
 
 
+def _state_like(o: Operands) -> Tensor:
+    (b, _, h, p), n = o.x.shape, o.B.shape[3]
+    return _wide(o).new_empty(b, h, p, n)
+
+
 def _states_like(functions: Any, o: Operands) -> tuple[Tensor, Tensor]:
     (b, _, h, p), count = o.x.shape, functions.map_count(o)
     return _wide(o).new_empty(b, count, h), _wide(o).new_empty(b, count, h, p, o.B.shape[3])
@@ -238,18 +248,18 @@ FAKES: dict[Any, Callable[..., Any]] = {
     _prepare: lambda functions, o: functions.prepared_like(o),
     _maps: lambda functions, o, *prepared: _states_like(functions, o),
     _outputs: lambda functions, o, *rest: o.x.new_empty(o.x.shape),
-    _gate_grads: lambda functions, o, *rest: (o.x.new_empty(o.x.shape), o.x.new_empty(o.x.shape)),
+    _gate_grads: lambda functions, o, steps, scores, z, *rest: (o.x.new_empty(o.x.shape), z.new_empty(z.shape)),
     _state_grads: lambda functions, o, *rest: _states_like(functions, o)[1],
     _main_grads: lambda functions, o, *rest: _grads_like(o),
     _ssd: lambda functions, o, *rest: (
         o.x.new_empty(o.x.shape),
-        _states_like(functions, o)[1][:, 0].clone(),
+        _state_like(o),
         *_states_like(functions, o),
     ),
     _ssd_backward: lambda functions, o, z, *rest: (
         *_grads_like(o),
-        o.x.new_empty(0 if z is None else z.shape),
-        _states_like(functions, o)[1][:, 0].clone(),
+        o.x.new_empty(0) if z is None else z.new_empty(z.shape),
+        _state_like(o),
     ),
 }
 for op, fake in FAKES.items():
@@ -304,7 +314,8 @@ class _Flight:
     """
 
     def __init__(self, operands: Operands, triton: bool, scan: Scan) -> None:
-        self.operands, self.triton, self.scan = operands, triton, scan
+        self.operands: Operands | None = operands
+        self.triton, self.scan = triton, scan
         self.pending: Pending[tuple[Tensor, Tensor | None]] | None = None
         self.prepared: tuple[Tensor, ...] = ()
         self.states: tuple[Tensor, ...] = ()
@@ -355,7 +366,8 @@ class _Finish(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, carrier: Tensor, z: Tensor | None, flight: _Flight) -> tuple[Tensor, Tensor | None]:
-        o = flight.operands
+        o, flight.operands = flight.operands, None
+        assert o is not None
         prepared, (log_T,) = flight.take()
         S_in, final = flight.land()
         y = _outputs(flight.triton, *o, *prepared, z, S_in)
@@ -365,12 +377,14 @@ class _Finish(torch.autograd.Function):
         return y, final
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         *tensors, z, log_T, S_in = ctx.saved_tensors
         o, flight = Operands(*tensors, *ctx.sizes), ctx.flight
         dout = torch.zeros_like(o.x) if dout is None else dout
         prepared = _prepare(flight.triton, *o)
         dy, dz = (dout, None) if z is None else _gate_grads(flight.triton, *o, *prepared, z, S_in, dout)
+        if not ctx.needs_input_grad[0]:
+            return None, dz, None
         dS_in = _state_grads(flight.triton, *o, *prepared, dy)
         flight.pending = flight.scan.start(log_T, dS_in, dfinal, reverse=True)
         flight.prepared, flight.states = prepared, (S_in,)

@@ -264,7 +264,8 @@ def main_grads(o: Operands, prepared: Prepared, S_in: Tensor, dU: Tensor, dy: Te
     dx, dB, dC = (unchunk(g, t.shape, o.runs).clone() for g, t in ((grads.dx, o.x), (grads.dB, o.B), (grads.dC, o.C)))
     ddt = unchunk(grads.ddt, o.dt.shape, o.runs) * _positive_grad(o)
     dD = torch.zeros_like(grads.dA) if grads.dD is None else grads.dD
-    return Grads(dx, ddt.to(o.dt.dtype), grads.dA, dB, dC, dD, ddt.sum((0, 1), dtype=torch.float64))
+    dA, dD, ddt_bias = (t.to(ddt.dtype) for t in (grads.dA, dD, ddt.sum((0, 1), dtype=torch.float64)))
+    return Grads(dx, ddt.to(o.dt.dtype), dA, dB, dC, dD, ddt_bias)
 
 
 def _chunks(o: Operands, prepared: Prepared) -> Chunks:

@@ -126,6 +126,15 @@ def test_strided_operands(chunk, kernels):
         assert relative_error(one, other) <= 1e-6
 
 
+def test_labels_that_lie_apart():
+    x, weight, labels = draw((9,), 40, torch.float32)
+    apart = torch.stack([labels, 40 + labels], 1)[:, 0]
+    with chosen("triton"):
+        found, expected = (results(projected_cross_entropy_sum, x, weight, places) for places in (apart, labels))
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) <= 1e-6
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_a_label_beyond_the_vocabulary_is_not_silent(kernels):
     x, weight, labels = draw((4,), 40, torch.float32)

@@ -143,6 +143,11 @@ def test_grouped_linear_of_strided_operands():
     assert dweight[1].isnan().all()
 
 
+def test_counts_that_lie_apart():
+    x, weight, counts = draw(6, 16), draw(3, 8, 16), torch.tensor([2, 9, 1, 9, 3, 9], device=DEVICE)[::2]
+    assert_linear_close(x, weight, counts)
+
+
 @pytest.mark.usefixtures("triton_only")
 def test_fp32_does_not_pass_through_tf32():
     """Where tensor cores round operands to 10 bits."""

@@ -132,6 +132,15 @@ def test_weak_and_strong_decays(dt_scale):
     assert_as_good_as_plain(draw((1, 200, 2, 32, 1, 16), dt_scale=dt_scale))
 
 
+@pytest.mark.parametrize("spike", [5.0, 500.0])
+def test_one_token_that_forgets_all(spike):
+    """Its decay does not drown those of the tokens around it in one sum."""
+    values = draw((1, 32, 2, 32, 1, 16))
+    values |= {"A": torch.tensor([-16.0, -4.0], device=DEVICE), "dt_bias": torch.zeros(2, device=DEVICE)}
+    values["dt"] = torch.where(torch.arange(32, device=DEVICE) == 5, spike, -6.0)[None, :, None].expand(1, 32, 2)
+    assert_close(kernels(values), exact(values), 1e-5)
+
+
 @pytest.mark.parametrize("programs", [1, 4])
 def test_several_blocks_in_a_segment(monkeypatch, programs):
     """Long sequences have segments of many blocks, of which the last is cut short, and heads of a group in one program."""
@@ -180,6 +189,25 @@ def test_compiles_as_one_op():
         found = outcome(function, values)
     for name, expected in kernels(values).items():
         assert torch.equal(found[name], expected), name
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_operators_keep_their_promises(triton):
+    """Their schemas, and what compilers are told of the results, also where z has a dtype of its own."""
+    values = draw((1, 70, 2, 32, 1, 16), torch.bfloat16, gate=True)
+    z, initial_state = values["z"].float(), values["initial_state"]
+    operands = (triton, *(values[name] for name in ("x", "dt", "A", "B", "C", "D", "dt_bias")), None, 0.0, float("inf"), 1, 64)
+    ops, checks = torch.ops.baton, {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(ops.ssd, (*operands, z, initial_state), **checks)
+    y, final, log_T, S_in = ops.ssd(*operands, z, initial_state)
+    torch.library.opcheck(ops.ssd_backward, (*operands, z, log_T, S_in, y, final), **checks)
+    prepared = ops.ssd_prepare(*operands)
+    torch.library.opcheck(ops.ssd_prepare, operands, **checks)
+    torch.library.opcheck(ops.ssd_maps, (*operands, *prepared), **checks)
+    torch.library.opcheck(ops.ssd_outputs, (*operands, *prepared, z, S_in), **checks)
+    torch.library.opcheck(ops.ssd_gate_grads, (*operands, *prepared, z, S_in, y), **checks)
+    torch.library.opcheck(ops.ssd_state_grads, (*operands, *prepared, y), **checks)
+    torch.library.opcheck(ops.ssd_main_grads, (*operands, *prepared, S_in, S_in, y), **checks)
 
 
 def test_checkpointing_sees_an_op():

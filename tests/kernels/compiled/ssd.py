@@ -12,6 +12,8 @@ from huge import huge_tensor
 
 SHAPES = {(64, 128): 80, (64, 64): 80, (64, 256): 80, (128, 128): 40, (128, 256): 40, (64, 16): 80, (32, 16): 32}
 """Heads, by the head dim and the state dim."""
+SINGLE = [(64, 128), (64, 16), (128, 256)]
+"""Those with every configuration of fp32."""
 
 
 def _operands(x: Tensor, n: int, documents: bool) -> Operands:
@@ -37,7 +39,7 @@ def _all(o: Operands, gate: bool) -> None:
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for (p, n), h in SHAPES.items():
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float32) if (p, n) in SINGLE else (torch.bfloat16,):
             x = torch.empty(1, 8192, h, p, dtype=dtype, device="meta")
             name = f"p{p} n{n} {str(dtype).removeprefix('torch.')}"
             yield name, lambda x=x, n=n: _all(_operands(x, n, False), False)

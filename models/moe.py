@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from ..configs.schema import ModelConfig
 from ..kernels.moe import grouped_linear, permute, route, unpermute
-from ..kernels.moe.engine import grouped_matmul  # noqa: F401
 from ..kernels.swiglu import swiglu
 from .sharding import Sharding, Split
 

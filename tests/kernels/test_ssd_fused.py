@@ -132,6 +132,13 @@ def test_weak_and_strong_decays(dt_scale):
     assert_as_good_as_plain(draw((1, 200, 2, 32, 1, 16), dt_scale=dt_scale))
 
 
+def test_documents_under_weak_decay():
+    """Nothing passes a reset, also where states would have lived on from block to block."""
+    values, resets = draw((1, 200, 2, 32, 1, 16)), torch.zeros(1, 200, dtype=torch.bool, device=DEVICE)
+    resets[:, [70, 150]] = True
+    assert_as_good_as_plain(values | {"A": torch.full((2,), -1e-3, device=DEVICE)}, resets)
+
+
 @pytest.mark.parametrize("spike", [5.0, 500.0])
 def test_one_token_that_forgets_all(spike):
     """Its decay does not drown those of the tokens around it in one sum."""

@@ -10,7 +10,7 @@ from baton.models.hybrid import build_model
 from baton.models.initialization import initialize
 from baton.models.mixers.attention import Attention
 from baton.models.mixers.mamba2 import Mamba2
-from baton.models.moe import MoE, grouped_linear, grouped_matmul
+from baton.models.moe import MoE
 from helpers import relative_error, tiny_config
 
 
@@ -106,20 +106,6 @@ def test_moe():
     assert relative_error(y.flatten(0, 1).detach(), torch.stack(reference).detach()) <= 1e-12
     expected = config.moe.aux_loss * experts * (hits / 22 * probabilities.mean(0)).sum()
     assert relative_error(auxiliary.detach(), expected.detach()) <= 1e-12
-
-
-def test_the_grouped_matmul_is_the_loop_over_experts():
-    generator = torch.Generator().manual_seed(0)
-    x, weight, gradient = (torch.randn(shape, generator=generator) for shape in ((12, 16), (4, 8, 16), (12, 8)))
-    counts = torch.tensor([5, 0, 4, 3])
-    results = []
-    for function in (grouped_linear, grouped_matmul):
-        leaves = [t.to(torch.bfloat16).requires_grad_() for t in (x, weight)]
-        y = function(*leaves, counts)
-        y.backward(gradient.to(torch.bfloat16))
-        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
-    for one, other in zip(*results, strict=True):
-        assert relative_error(one, other) <= 1e-2
 
 
 def test_a_balanced_router_has_the_least_auxiliary_loss():

@@ -1,7 +1,7 @@
 """What a comparison found: errors, what is allowed, and where the first difference is.
 
 In fp64 only the order of sums differs, so every error is compared with EXACT. Below it a mesh may be twice as far from fp64 as one
-rank in the same dtype is, by the largest errors over all tensors of one kind of module: the error of one small tensor alone is so
+rank in the same dtype is, by the largest errors over all gradients and parameters of one kind of module: the error of one small tensor alone is so
 much a matter of chance that in bf16 the rule by tensor fails on sound meshes.
 """
 
@@ -100,10 +100,13 @@ def over_limit(errors: Errors, one_rank: Errors | None, model: ModelConfig) -> l
 
 
 def _peers(quantity: str, name: str, model: ModelConfig) -> str:
-    """What the limit is shared by: a kind of module, loss and logits, or nothing, for outputs, which are large."""
+    """What the limit is shared by: a kind of module, loss and logits, or nothing, for outputs, which are large.
+
+    Gradients and updated parameters share it: one that begins at zero, as biases do, is after a step its gradient.
+    """
     if quantity == "outputs":
         return name
-    return f"{quantity} {kind_of(name, model)}" if quantity in ("gradients", "parameters") else "forward"
+    return kind_of(name, model) if quantity in ("gradients", "parameters") else "forward"
 
 
 def _largest(errors: dict[str, float], names: set[str] | None) -> Worst:

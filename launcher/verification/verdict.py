@@ -1,8 +1,8 @@
 """What a comparison found: errors, what is allowed, and where the first difference is.
 
 In fp64 only the order of sums differs, so every error is compared with EXACT. Below it a mesh may be twice as far from fp64 as one
-rank in the same dtype is, by the largest errors over all gradients and parameters of one kind of module: the error of one small tensor alone is so
-much a matter of chance that in bf16 the rule by tensor fails on sound meshes.
+rank in the same dtype is, by the largest errors over all gradients and updated parameters of one kind of module: the error of one
+small tensor alone is so much a matter of chance that in bf16 the rule by tensor fails on sound meshes.
 """
 
 import functools

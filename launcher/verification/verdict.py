@@ -1,8 +1,9 @@
 """What a comparison found: errors, what is allowed, and where the first difference is.
 
 In fp64 only the order of sums differs, so every error is compared with EXACT. Below it a mesh may be twice as far from fp64 as one
-rank in the same dtype is, by the largest errors over all gradients and updated parameters of one kind of module: the error of one
-small tensor alone is so much a matter of chance that in bf16 the rule by tensor fails on sound meshes.
+rank in the same dtype is, by the largest errors over all tensors of one kind of module: the error of one small tensor alone is so
+much a matter of chance that in bf16 the rule by tensor fails on sound meshes. A parameter that begins at zero is after the step its
+gradient, and is compared among these.
 """
 
 import functools
@@ -10,7 +11,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 from ...configs.schema import Config, ModelConfig
+from ...models.hybrid import HybridModel
+from ...models.initialization import zeros
 from .differences import Errors
 
 EXACT = 1e-10
@@ -85,28 +90,34 @@ class Verdict:
 def over_limit(errors: Errors, one_rank: Errors | None, model: ModelConfig) -> list[Over]:
     """The tensors whose error is over the limit; one that is nan is."""
     limits: dict[str, float] = {}
+    steps = set() if one_rank is None else _begin_at_zero(model)
     for quantity, names in (one_rank or {}).items():
         for name, error in names.items():
-            peers = _peers(quantity, name, model)
+            peers = _peers("gradients" if name in steps else quantity, name, model)
             # A rank that overflows itself allows nothing.
             limits[peers] = max(limits.get(peers, FLOOR), 2 * error if math.isfinite(error) else FLOOR)
     over = []
     for quantity, names in errors.items():
         for name, error in names.items():
-            limit = EXACT if one_rank is None else limits[_peers(quantity, name, model)]
+            limit = EXACT if one_rank is None else limits[_peers("gradients" if name in steps else quantity, name, model)]
             if not error <= limit:
                 over.append(Over(quantity, name, error, limit))
     return over
 
 
-def _peers(quantity: str, name: str, model: ModelConfig) -> str:
-    """What the limit is shared by: a kind of module, loss and logits, or nothing, for outputs, which are large.
+def _begin_at_zero(model: ModelConfig) -> set[str]:
+    """The names of the parameters that are zero before the step."""
+    with torch.device("meta"):
+        built = HybridModel(model)
+    fills = ((path, getattr(module, "initializers", {})) for path, module in built.named_modules())
+    return {f"{path}.{name}" for path, initializers in fills for name, fill in initializers.items() if fill is zeros}
 
-    Gradients and updated parameters share it: one that begins at zero, as biases do, is after a step its gradient.
-    """
+
+def _peers(quantity: str, name: str, model: ModelConfig) -> str:
+    """What the limit is shared by: a kind of module, loss and logits, or nothing, for outputs, which are large."""
     if quantity == "outputs":
         return name
-    return kind_of(name, model) if quantity in ("gradients", "parameters") else "forward"
+    return f"{quantity} {kind_of(name, model)}" if quantity in ("gradients", "parameters") else "forward"
 
 
 def _largest(errors: dict[str, float], names: set[str] | None) -> Worst:

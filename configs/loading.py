@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from .errors import UserError
-from .schema import Config, KeyedError
+from .errors import KeyedError, UserError
+from .schema import Config
 
 PRESETS = Path(__file__).parent
 Keys = tuple[str | int, ...]
@@ -88,8 +88,6 @@ def _explain(error: Any) -> str:
         return f"is no key of this section; allowed: {', '.join(parent)}" if parent else "is not a known key"
     if error["type"] == "missing":
         return "is missing"
-    if error["loc"] in (("parallel", "pp"), ("parallel", "ep")):
-        return f"is {error['input']!r}: degrees beyond 1 on this axis are not available yet; allowed: 1"
     if error["loc"][:2] in (("parallel", "cp"), ("parallel", "dp")):
         return f"is {error['input']!r}, allowed: auto, or 1 and more"
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")

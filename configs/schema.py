@@ -5,27 +5,28 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from .pattern import LayerKinds, parse_pattern
+from .checks import (
+    check_attention,
+    check_batch,
+    check_context,
+    check_copies,
+    check_divides,
+    check_experts,
+    check_pipeline,
+    check_precision,
+    check_sequence_parallel,
+    check_tensor_degree,
+    refuse_zero_bubble,
+)
+from .errors import KeyedError
+from .pattern import LayerKinds, find_cuts, parse_pattern
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-
-
-class KeyedError(ValueError):
-    """A value that is wrong beside another: names its dotted key, so that the message can name the line."""
-
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(message)
-        self.key = key
-
-
-def _divides(key: str, part: int, whole: int, name: str) -> None:
-    if whole % part:
-        raise KeyedError(key, f"is {part}, allowed: a divisor of {name}, {whole}")
 
 
 class Section(BaseModel):
@@ -71,13 +72,23 @@ class MLPConfig(Section):
 
 
 class MoEConfig(Section):
-    """The mixture of SwiGLU experts (`E`), dropless, softmax then top-k without renormalising, as Jamba has it."""
+    """The mixture of SwiGLU experts (`E`), softmax then top-k without renormalising, as Jamba has it."""
 
     experts: Count = 8
     top_k: Count = 2
     hidden: Count = 1024
+    shared_hidden: Annotated[int, Field(ge=0, strict=True)] = 0
+    """Hidden units of one more expert that every token passes; 0: none."""
     aux_loss: Annotated[float, Field(ge=0)] = 0.001
-    """Weight of the load-balancing loss, per layer and micro-step."""
+    """Weight of the load-balancing loss, per micro-step."""
+    balance: Literal["layer", "pooled"] = "layer"
+    """layer: a load-balancing loss for each layer, added up; pooled: one, over the tokens of all layers (Jamba's)."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the mean square of the router's log-sum-exp, per layer and micro-step."""
+    bias_rate: Annotated[float, Field(ge=0)] = 0.0
+    """How much an expert's bias, which counts for the choice alone, moves towards balance after each step; 0: no bias."""
+    capacity: Positive | None = None
+    """Tokens that an expert takes at most, in units of what perfect balance gives it; it drops the rest. None: no limit."""
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> Self:
@@ -90,11 +101,13 @@ class ModelConfig(Section):
     """The hybrid model."""
 
     pattern: str
-    """One letter a sub-layer: M mamba2, * attention, - mlp, E moe."""
+    """One letter a sub-layer: M mamba2, * attention, - mlp, E moe. `|`: a pipeline stage may end here (see parallel.pp)."""
     repeat: Count = 1
     """How many times the pattern follows itself."""
     vocab_size: Count
     d_model: Count
+    tied_embeddings: bool = False
+    """Whether the projection to the vocabulary is the embedding's matrix."""
     norm_eps: Positive = 1e-5
     initializer_range: Positive = 0.02
     """Standard deviation of the weight matrices at the start."""
@@ -109,6 +122,11 @@ class ModelConfig(Section):
         return parse_pattern(self.pattern) * self.repeat
 
     @property
+    def cuts(self) -> list[int]:
+        """The layers before which `|` stands, ascending."""
+        return find_cuts(self.pattern * self.repeat)
+
+    @property
     def inner(self) -> int:
         """Channels inside a Mamba-2 mixer."""
         return self.mamba2.expand * self.d_model
@@ -119,9 +137,9 @@ class ModelConfig(Section):
             parse_pattern(self.pattern)
         except ValueError as error:
             raise KeyedError("pattern", str(error)) from None
-        _divides("mamba2.head_dim", self.mamba2.head_dim, self.inner, "expand * d_model")
-        _divides("mamba2.groups", self.mamba2.groups, self.inner // self.mamba2.head_dim, "the Mamba-2 heads")
-        _divides("attention.kv_heads", self.attention.kv_heads, self.attention.heads, "attention.heads")
+        check_divides("mamba2.head_dim", self.mamba2.head_dim, self.inner, "expand * d_model")
+        check_divides("mamba2.groups", self.mamba2.groups, self.inner // self.mamba2.head_dim, "the Mamba-2 heads")
+        check_divides("attention.kv_heads", self.attention.kv_heads, self.attention.heads, "attention.heads")
         if self.attention.rope is not None and self.attention.head_dim % 2:
             raise KeyedError("attention.head_dim", f"is {self.attention.head_dim}, allowed with rope: an even number")
         return self
@@ -144,10 +162,22 @@ class ParallelConfig(Section):
     """Tensor: heads, hidden units and vocabulary are split."""
     cp: Count | Literal["auto"] = 1
     """Context: the sequence is split through the whole model. `auto`: over the ranks that the other degrees leave."""
-    pp: Literal[1] = 1
-    ep: Literal[1] = 1
+    pp: Count = 1
+    """Pipeline: the layers are split into stages, at the pattern's `|` or, without any, where the stages cost the same."""
+    ep: Count = 1
+    """Expert: experts are split over ranks of dp and cp, which keep their tokens and exchange them."""
     dp: Count | Literal["auto"] = "auto"
     """Data. `auto`: the ranks that the other degrees leave."""
+    replicate: Count = 1
+    """HSDP: of the dp ranks, how many groups have a copy of the parameters each; 1: they are sharded over all of dp and cp."""
+    zero: Literal[2, 3] = 3
+    """Of gathered parameters: 3 frees them after each forward and gathers them again in backward; 2 keeps them until then."""
+    sequence_parallel: bool = False
+    """Whether tp ranks share out the tokens between tensor regions: norms, residuals, routers."""
+    schedule: Annotated[Literal["1f1b", "interleaved_1f1b"], BeforeValidator(refuse_zero_bubble)] = "1f1b"
+    """Order of a pipeline's forwards and backwards."""
+    stages_per_rank: Count = 1
+    """Of a pipeline; interleaved_1f1b wants 2 or more, which shorten the bubble."""
     layout: Literal["contiguous", "zigzag"] = "contiguous"
     """Which parts of the sequence a cp rank holds; zigzag balances causal attention."""
     strategy: Literal["auto", "ring", "allgather", "doubling", "sliced"] = "auto"
@@ -161,16 +191,22 @@ class ParallelConfig(Section):
 
     def degrees(self, world: int) -> "Degrees":
         """Numbers for `auto`, on `world` ranks. Raises KeyedError when the degrees do not multiply to it."""
-        given = {"tp": self.tp, "cp": self.cp, "dp": self.dp}
+        given = {"tp": self.tp, "pp": self.pp, "cp": self.cp, "dp": self.dp}
         fixed = {name: degree for name, degree in given.items() if degree != "auto"}
         product = math.prod(fixed.values())
         left = next((name for name in ("cp", "dp") if name not in fixed), None)
         if world % product or (left is None and product != world):
-            named = " * ".join(f"{name} {degree}" for name, degree in fixed.items())
+            named = {name: degree for name, degree in fixed.items() if name != "pp" or degree > 1}
+            factors = " * ".join(f"{name} {degree}" for name, degree in named.items())
             allowed = f"a multiple of {product} ranks" if left else f"{product} ranks, or parallel.dp=auto"
-            raise KeyedError(list(fixed)[-1], f"gives {named} = {product} on {world} ranks; allowed: {allowed}")
+            raise KeyedError(list(named)[-1], f"gives {factors} = {product} on {world} ranks; allowed: {allowed}")
         values = {"dp": 1} | fixed | ({left: world // product} if left else {})
-        return Degrees(**values, pp=self.pp, ep=self.ep)
+        return Degrees(**values, ep=self.ep)
+
+    @property
+    def stages(self) -> int:
+        """Parts that a pipeline cuts the model into."""
+        return self.pp * self.stages_per_rank
 
     @property
     def segments(self) -> int:
@@ -213,7 +249,7 @@ class BatchConfig(Section):
 
     @model_validator(mode="after")
     def _micro_steps_fit(self) -> Self:
-        _divides("micro_steps", self.micro_steps, self.sequences, "batch.sequences")
+        check_divides("micro_steps", self.micro_steps, self.sequences, "batch.sequences")
         return self
 
 
@@ -226,6 +262,8 @@ class OptimizerConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Positive = 1.0
     """Largest norm of all gradients together."""
+    implementation: Literal["auto", "torch", "apex"] = "auto"
+    """torch: its fused AdamW; apex: its FusedAdam; auto: apex on GPUs where it is installed, else torch."""
 
 
 class ScheduleConfig(Section):
@@ -244,6 +282,8 @@ class CheckpointConfig(Section):
     every: Count = 100
     keep: Count = 2
     """The newest ones that stay."""
+    asynchronous: bool = True
+    """Whether training goes on while a checkpoint is written."""
 
 
 class EvaluationConfig(Section):
@@ -288,19 +328,15 @@ class Config(Section):
         return self
 
     def _check_parts(self) -> None:
-        if self.kernels == "triton" and self.precision == "fp64":
-            raise KeyedError("kernels", "is triton, whose kernels do not compute in precision fp64; allowed: auto, reference")
+        check_precision(self)
         check_tensor_degree(self.model, self.parallel.tp)
         check_context(self.model, self.parallel, self.data.context)
         check_attention(self.model, self.parallel)
-        per_micro_step = self.batch.sequences // self.batch.micro_steps
-        if self.parallel.dp != "auto" and per_micro_step % self.parallel.dp:
-            raise KeyedError(
-                "parallel.dp", f"is {self.parallel.dp}, allowed: a divisor of a micro-step's sequences, {per_micro_step}"
-            )
-        tokens = per_micro_step * self.data.context
-        if any(layer.feed_forward == "moe" for layer in self.model.layers) and self.model.moe.experts > tokens:
-            raise KeyedError("model.moe.experts", f"is {self.model.moe.experts}, more than a micro-step's {tokens} tokens")
+        check_sequence_parallel(self.parallel, self.data.context)
+        check_pipeline(self.model, self.parallel, self.batch.micro_steps)
+        check_copies(self.parallel)
+        check_experts(self.model, self.parallel)
+        check_batch(self)
 
     def to_yaml(self) -> str:
         """A file from which `load_config` reads the same."""
@@ -315,80 +351,3 @@ class Config(Section):
         config = self.model_copy(update={"parallel": self.parallel.model_copy(update=degrees._asdict())})
         config._check_parts()
         return config
-
-
-def check_tensor_degree(model: ModelConfig, tp: int) -> None:
-    """Raises KeyedError where tp cuts something that does not divide, with the degrees that would work."""
-    mixers = {layer.mixer for layer in model.layers}
-    feed_forwards = {layer.feed_forward for layer in model.layers}
-    sizes = {"model.vocab_size": model.vocab_size}
-    shared = {}
-    if "mamba2" in mixers:
-        sizes["the Mamba-2 heads"] = model.inner // model.mamba2.head_dim
-        shared["model.mamba2.groups"] = model.mamba2.groups
-    if "attention" in mixers:
-        sizes["model.attention.heads"] = model.attention.heads
-        shared["model.attention.kv_heads"] = model.attention.kv_heads
-    if "mlp" in feed_forwards:
-        sizes["model.mlp.hidden"] = model.mlp.hidden
-    if "moe" in feed_forwards:
-        sizes["model.moe.hidden"] = model.moe.hidden
-
-    def fits(degree: int) -> bool:
-        whole = all(size % degree == 0 for size in sizes.values())
-        return whole and all(size % degree == 0 or degree % size == 0 for size in shared.values())
-
-    if not fits(tp):
-        wrong = [name for name, size in sizes.items() if size % tp]
-        wrong += [name for name, size in shared.items() if size % tp and tp % size]
-        allowed = ", ".join(str(degree) for degree in range(1, 1 + min(sizes.values())) if fits(degree))
-        every = sizes | shared
-        named = " and ".join(f"{name} ({every[name]})" for name in wrong)
-        raise KeyedError("parallel.tp", f"is {tp}, which does not divide {named}; allowed: {allowed}")
-
-
-def check_context(model: ModelConfig, parallel: ParallelConfig, context: int) -> None:
-    """Raises KeyedError where the sequence does not cut into equal segments, each at least as long as the convs' reach."""
-    segments, reach = parallel.segments, model.mamba2.conv_width - 1
-    recurrent = any(layer.mixer == "mamba2" for layer in model.layers)
-    chunks = math.ceil(context / model.mamba2.chunk_size) if recurrent else context
-    fitting = _fitting_cp(parallel, context, reach if recurrent else 1, chunks)
-    if context % segments:
-        below = context - context % segments or segments
-        raise KeyedError(
-            "parallel.cp",
-            f"is {parallel.cp}, whose {segments} {parallel.layout} segments do not divide data.context ({context}); "
-            f"data.context={below} would, or cp of {fitting}",
-        )
-    if recurrent and segments > 1 and context // segments < reach:
-        raise KeyedError(
-            "parallel.cp",
-            f"is {parallel.cp}: a segment of {context // segments} tokens is shorter than the conv's reach, {reach}; "
-            f"allowed: cp of {fitting}",
-        )
-    if parallel.cp != "auto" and parallel.cp > chunks:
-        raise KeyedError(
-            "parallel.cp",
-            f"is {parallel.cp}, more ranks than the {chunks} chunks of model.mamba2.chunk_size ({model.mamba2.chunk_size}) "
-            f"in data.context ({context}); allowed: cp of {fitting}, or a chunk_size of at most {context // parallel.cp}",
-        )
-
-
-def check_attention(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Raises KeyedError where Ulysses cannot deal the heads out evenly."""
-    cp = 1 if parallel.cp == "auto" else parallel.cp
-    heads = model.attention.heads // parallel.tp
-    if parallel.attention == "ulysses" and any(layer.mixer == "attention" for layer in model.layers) and heads % cp:
-        fits = ", ".join(str(degree) for degree in range(1, heads + 1) if heads % degree == 0)
-        raise KeyedError(
-            "parallel.attention",
-            f"is ulysses: {heads} heads (model.attention.heads over tp {parallel.tp}) do not divide over cp {cp}; "
-            f"allowed: usp, ring, allgather, auto, or cp of {fits}",
-        )
-
-
-def _fitting_cp(parallel: ParallelConfig, context: int, reach: int, chunks: int) -> str:
-    """Degrees, at most `chunks`, whose segments divide the context and are as long as `reach`."""
-    each = 2 if parallel.layout == "zigzag" else 1
-    fits = [cp for cp in range(1, chunks + 1) if cp == 1 or (context % (cp * each) == 0 and context // (cp * each) >= reach)]
-    return ", ".join(str(cp) for cp in fits[:16]) + (" ..." if len(fits) > 16 else "")

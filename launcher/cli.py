@@ -2,7 +2,7 @@
 
 import typer
 
-from .commands import bench, data, train, verify
+from .commands import bench, checkpoint, data, train, verify
 
 app = typer.Typer(
     name="baton",
@@ -15,6 +15,7 @@ app.command("train")(train.train)
 app.command("verify")(verify.verify)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
+app.add_typer(checkpoint.app, name="checkpoint")
 
 
 def _version(asked: bool) -> None:

@@ -20,8 +20,8 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ..configs.errors import UserError
-from ..configs.schema import Config, KeyedError
+from ..configs.errors import KeyedError, UserError
+from ..configs.schema import Config
 from ..parallel import staged
 from ..parallel.failures import RankGone, beating
 from .errors import AGENT, under_torchrun, user_errors

@@ -1,4 +1,4 @@
-"""The hybrid language model: single-device code; `parallelize` wires it to a mesh."""
+"""The hybrid language model, or a run of its layers: single-device code; `parallelize` wires it to a mesh."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,11 +13,25 @@ from .initialization import initialize
 from .mixers.attention import Attention
 from .mixers.mamba2 import Mamba2
 from .mlp import MLP
-from .moe import MoE
+from .moe import MoE, auxiliary_loss, auxiliary_size
 from .norm import RMSNorm
 from .vocabulary import Embedding, Projection
 
-BUILDERS: dict[str, Callable[[ModelConfig], nn.Module]] = {"mamba2": Mamba2, "attention": Attention, "mlp": MLP, "moe": MoE}
+BUILDERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    "mamba2": Mamba2,
+    "attention": Attention,
+    "mlp": lambda config: MLP(config.d_model, config.mlp.hidden),
+    "moe": MoE,
+}
+
+
+class MicroStep(NamedTuple):
+    """What the model is called with: a rank's part of a micro-step's tokens, on its device."""
+
+    ids: Tensor  # [b, l] int64
+    labels: Tensor | None  # [b, l] int64, the next token of each, also across the ends of segments; IGNORED counts nothing
+    positions: Tensor | None  # [l] int64 in the whole sequence
+    documents: Documents | None  # of packed sequences
 
 
 class Losses(NamedTuple):
@@ -42,7 +56,7 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor | None = None, documents: Documents | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """x [b, l, d], positions [l] -> x, and the layer's auxiliary loss if it has one."""
+        """x [b, l, d], positions [l] -> x, and the layer's part of the auxiliary loss if it has one."""
         y = self.mixer(self.mixer_norm(x), positions, documents)
         if self.kinds.feed_forward is None:
             # Not left to the next layer's norm: checkpointing would keep two tensors of a layer's border instead of their sum.
@@ -68,48 +82,81 @@ class Head(nn.Module):
 
 
 class HybridModel(nn.Module):
-    """Embedding, layers as the pattern says, head. Parameters are empty until `initialize_model` or a checkpoint fills them."""
+    """Embedding, layers as the pattern says, head; or, for a pipeline's stage, some of the layers and what is at its end.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Parameters have their names in the whole model. They are empty until `initialize_part` or a checkpoint fills them.
+    """
+
+    def __init__(self, config: ModelConfig, layers: range | None = None) -> None:
+        """Layers by their numbers; None: all. The first comes with the embedding, the last with the head."""
         super().__init__()
+        kinds = config.layers
+        layers = range(len(kinds)) if layers is None else layers
         self.config = config
+        self.first, self.last = layers.start == 0, layers.stop == len(kinds)
         self.packed = False
         """Whether sequences are packed documents, so that none may come without saying where they lie."""
         self.strategies: Any = None
         """How the sequence's parts meet over ranks, `parallelize.Strategies`, where it is sharded."""
-        self.embedding = Embedding(config.vocab_size, config.d_model)
-        self.layers: list[Layer] = nn.ModuleList(Layer(config, kinds) for kinds in config.layers)  # type: ignore[assignment]
-        self.head = Head(config)
+        self.embedding = Embedding(config.vocab_size, config.d_model) if self.first else None
+        self.layers: dict[str, Layer] = nn.ModuleDict({str(i): Layer(config, kinds[i]) for i in layers})  # type: ignore[assignment]
+        self.head = Head(config) if self.last else None
+        self.tie()
+
+    def tie(self) -> None:
+        """Makes the embedding's matrix that of the projection, where the config ties them and both are here."""
+        if self.config.tied_embeddings and self.embedding and self.head:
+            self.head.projection.weight = self.embedding.weight
 
     def forward(
-        self, ids: Tensor, labels: Tensor | None = None, positions: Tensor | None = None, documents: Documents | None = None
-    ) -> Tensor | Losses:
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+        documents: Documents | None = None,
+        parts: Tensor | None = None,
+    ) -> Tensor | Losses | tuple[Tensor, Tensor]:
         """Logits [b, l, vocab] of ids [b, l]; with labels [b, l] (already shifted, IGNORED counts nothing), the losses.
 
         positions [l] are the tokens' places in the whole sequence; None: 0 to l - 1. documents: of packed sequences; a label
         at a document's end is the caller's to ignore. Raises ValueError without them where the data is known to be packed.
+
+        A stage that is not the first takes as x and parts what the one before it gives, hidden states [b, l, d] and the sum of the
+        layers' parts of the auxiliary loss; one that is not the last gives them.
         """
         if self.packed and documents is None:
             raise ValueError("the data is packed (data.documents) and no documents came with it: see Layout.documents")
-        x = self.embedding(ids)
-        auxiliary = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        for layer in self.layers:
-            x, extra = layer(x, positions, documents)
-            if extra is not None:
-                auxiliary = auxiliary + extra
+        if self.embedding is not None:
+            x = self.embedding(x)
+        if parts is None:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            parts = torch.zeros(auxiliary_size(self.config.moe), dtype=dtype, device=x.device)
+        for layer in self.layers.values():
+            x, part = layer(x, positions, documents)
+            if part is not None:
+                parts = parts + part
+        if self.head is None:
+            return x, parts
         out = self.head(x, labels)
-        return out if labels is None else Losses(out, auxiliary)
+        return out if labels is None else Losses(out, auxiliary_loss(parts, self.config.moe, moe_layers(self.config)))
 
     def parts(self) -> dict[str, nn.Module]:
         """The parts that are filled and sharded one after another, by their names."""
-        layers = {f"layers.{i}": layer for i, layer in enumerate(self.layers)}
-        return {"embedding": self.embedding, **layers, "head": self.head}
+        ends = {"embedding": self.embedding}, {"head": self.head}
+        layers = {f"layers.{number}": layer for number, layer in self.layers.items()}
+        return {name: part for group in (ends[0], layers, ends[1]) for name, part in group.items() if part is not None}
+
+
+def moe_layers(config: ModelConfig) -> int:
+    """Layers of the whole model that have experts."""
+    return sum(layer.feed_forward == "moe" for layer in config.layers)
 
 
 def initialize_part(part: nn.Module, name: str, config: ModelConfig, seed: int) -> None:
     """Fills one of `HybridModel.parts` with the values that the whole model has there."""
     adds = sum(2 if layer.feed_forward else 1 for layer in config.layers)
-    initialize(part, name, seed, config.initializer_range, adds)
+    tied = {"head.projection.weight": "embedding.weight"} if config.tied_embeddings else {}
+    initialize(part, name, seed, config.initializer_range, adds, tied)
 
 
 def build_model(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float32) -> HybridModel:

@@ -30,17 +30,19 @@ def uniform_fan_in(tensor: Tensor, generator: torch.Generator) -> None:
     tensor.uniform_(-bound, bound, generator=generator)
 
 
-def initialize(model: nn.Module, prefix: str, seed: int, std: float, residual_adds: int) -> None:
-    """Fills every parameter, each drawn in fp32 on the CPU.
+def initialize(model: nn.Module, prefix: str, seed: int, std: float, residual_adds: int, same: dict[str, str]) -> None:
+    """Fills every parameter, each drawn in fp32 on the CPU, and every buffer with zeros.
 
     A module's `initializers` say how; other parameters are normal with `std`, over sqrt(residual_adds) where their output is
-    added to the residual stream. `prefix` is the model's own name in the whole one, so that parts can be filled apart.
+    added to the residual stream. `prefix` is the model's own name in the whole one, so that parts can be filled apart. `same`:
+    names of parameters, with the one whose values each has.
     """
     for path, module in model.named_modules(prefix=prefix):
         initializers: Initializers = getattr(module, "initializers", {})
         residual = path.rsplit(".", 1)[-1] in RESIDUAL
         for name, parameter in module.named_parameters(recurse=False):
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {path}.{name}".encode()))
+            whole = same.get(f"{path}.{name}", f"{path}.{name}")
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {whole}".encode()))
             value = torch.empty(parameter.shape)
             if name in initializers:
                 initializers[name](value, generator)
@@ -49,3 +51,5 @@ def initialize(model: nn.Module, prefix: str, seed: int, std: float, residual_ad
                 value.normal_(0.0, std / math.sqrt(residual_adds) if scaled else std, generator=generator)
             with torch.no_grad():
                 parameter.copy_(value)
+        for buffer in module.buffers(recurse=False):
+            buffer.zero_()

@@ -4,7 +4,6 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..configs.schema import ModelConfig
 from ..kernels.swiglu import swiglu
 from .sharding import COLUMNS, ROWS, Sharding
 
@@ -14,9 +13,8 @@ class MLP(nn.Module):
 
     sharding: ClassVar[Sharding] = {"gate_proj.weight": ROWS, "up_proj.weight": ROWS, "down_proj.weight": COLUMNS}
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, d: int, hidden: int) -> None:
         super().__init__()
-        d, hidden = config.d_model, config.mlp.hidden
         self.gate_proj = nn.Linear(d, hidden, bias=False)
         self.up_proj = nn.Linear(d, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, d, bias=False)

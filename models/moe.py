@@ -1,5 +1,10 @@
-"""The mixture of experts as Jamba has it: softmax over all experts, the top k without renormalising, no token dropped."""
+"""The mixture of experts as Jamba has it: softmax over all experts, the top k without renormalising, no token dropped.
 
+Options beyond Jamba's: an expert that every token passes, a limit on an expert's tokens, a loss on the router's logits, and biases
+that balance the experts without a loss.
+"""
+
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -7,53 +12,98 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..configs.schema import ModelConfig
-from ..kernels.moe import grouped_linear, permute, route, unpermute
+from ..configs.schema import ModelConfig, MoEConfig
+from ..kernels.moe import Routing, grouped_linear, permute, route, unpermute
 from ..kernels.swiglu import swiglu
-from .sharding import Sharding, Split
+from ..parallel.experts import ExpertCapacity, ExpertExchange
+from ..parallel.layout import Layout
+from .mlp import MLP
+from .sharding import Sharding, SplitExperts
 
 
 class MoE(nn.Module):
-    """[b, l, d] -> [b, l, d], and the load-balancing loss."""
+    """[b, l, d] -> [b, l, d], and what the layer adds to the auxiliary loss (`auxiliary_loss`)."""
+
+    load: Tensor
+    """[E]: how often tokens chose each expert, on all ranks, since `rebalance`."""
+    bias: Tensor | None
+    """[E]: added to probabilities for the choice alone."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        sizes = config.moe
-        self.aux_loss = sizes.aux_loss
+        sizes = self.sizes = config.moe
         self.router = Router(config.d_model, sizes.experts)
-        self.experts = Experts(sizes.experts, config.d_model, sizes.hidden)
+        self.experts = Experts(config)
+        self.register_buffer("load", torch.zeros(sizes.experts), persistent=False)
+        self.register_buffer("bias", torch.zeros(sizes.experts) if sizes.bias_rate else None)
         self.sum_over_tokens: Callable[[Tensor], Tensor] | None = None
         """Adds statistics of tokens up over the ranks that hold others; each rank's gradient is that of its own tokens."""
-        self.choose: Callable[[Tensor], Tensor] = lambda probabilities: probabilities.topk(sizes.top_k, -1).indices
-        """Each token's experts [t, k] by their probabilities [t, E]; comparisons put the choices of another run in its place."""
+        self.choose: Callable[[Tensor], Tensor] = self.choose_experts
+        """Each token's experts; comparisons put the choices of another run in its place."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [b, l, d] -> y [b, l, d], and a scalar in fp32 or wider: aux_loss * E Σ_e f_e p_e.
-
-        f_e: how often a token chose expert e, p_e: its mean probability, over all tokens of the micro-step on all ranks
-        (Switch Transformer, arXiv 2101.03961, equation 4, with top-k hits). Perfect balance gives aux_loss * top_k.
-        """
-        tokens = x.flatten(0, 1)
-        probabilities = self.router(tokens)
+        """x [b, l, d] -> y [b, l, d], and the layer's part of the auxiliary loss, as `auxiliary_loss` takes it."""
+        logits = self.router(x)
+        probabilities = logits.softmax(-1)
         chosen = self.choose(probabilities)
         weights = probabilities.gather(-1, chosen)
-        y = self.experts(tokens, weights.to(x.dtype), chosen)
-        return y.view_as(x), self.aux_loss * self._imbalance(probabilities, chosen)
+        y = self.experts(x, weights.to(x.dtype), chosen)
+        return y, self._auxiliary(logits.flatten(0, 1), probabilities.flatten(0, 1), chosen.flatten(0, 1))
 
-    def _imbalance(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
-        experts = probabilities.shape[1]
+    def choose_experts(self, probabilities: Tensor) -> Tensor:
+        """Probabilities [b, l, E] -> the experts [b, l, k] of each token, int64."""
+        scores = probabilities if self.bias is None else probabilities + self.bias
+        return scores.topk(self.sizes.top_k, -1).indices
+
+    @torch.no_grad()
+    def rebalance(self) -> None:
+        """After an optimizer step: an expert with less than its share of tokens gains in bias, one with more loses.
+
+        DeepSeek-V3's balance without a loss (arXiv 2408.15664): bias += bias_rate * sign(mean load - load).
+        """
+        if self.bias is not None:
+            self.bias += self.sizes.bias_rate * (self.load.mean() - self.load).sign()
+        self.load.zero_()
+
+    def _auxiliary(self, logits: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        """Logits and probabilities [t, E], chosen [t, k] -> the layer's part, of all tokens of the micro-step on all ranks."""
+        experts, sizes = probabilities.shape[1], self.sizes
         # Not bincount: on a GPU the host waits for that.
         hits = torch.zeros_like(probabilities).scatter_(-1, chosen, 1.0).sum(0)
-        # One message: hits, sums of probabilities, tokens. Summed before the product, which is not linear in the batch.
-        statistics = torch.cat([hits, probabilities.sum(0), hits.new_full((1,), len(chosen))])
+        squares = logits.logsumexp(-1).square().sum() if sizes.z_loss else hits.new_zeros(())
+        # One message: hits, sums of probabilities, tokens, squares. Summed before the product, which is not linear in the batch.
+        statistics = torch.cat([hits, probabilities.sum(0), torch.stack([hits.new_tensor(len(chosen)), squares])])
         if self.sum_over_tokens is not None:
             statistics = self.sum_over_tokens(statistics)
-        hits, totals, count = statistics.split([experts, experts, 1])
-        return experts * (hits / count * (totals / count)).sum()
+        hits, totals, count, squares = statistics.split([experts, experts, 1, 1])
+        if torch.is_grad_enabled():
+            self.load += hits.detach()
+        penalty = sizes.z_loss * squares / count
+        if sizes.balance == "pooled":
+            return torch.cat([penalty, hits / count, totals / count])
+        return penalty + sizes.aux_loss * experts * (hits / count * (totals / count)).sum()
+
+
+def auxiliary_size(sizes: MoEConfig) -> int:
+    """Numbers in a layer's part of the auxiliary loss."""
+    return 1 + 2 * sizes.experts if sizes.balance == "pooled" else 1
+
+
+def auxiliary_loss(parts: Tensor, sizes: MoEConfig, layers: int) -> Tensor:
+    """The parts [auxiliary_size] of `layers` MoE layers, added up -> the auxiliary loss, a scalar.
+
+    Load balancing: aux_loss * E Σ_e f_e p_e. f_e: how often a token chose expert e, p_e: its mean probability (Switch Transformer,
+    arXiv 2101.03961, equation 4, with top-k hits); perfect balance gives aux_loss * top_k. By layer, or `pooled` with f and p over
+    the tokens of all layers, as Jamba has it. And z_loss * mean(logsumexp(logits)^2) of each layer (ST-MoE, arXiv 2202.08906).
+    """
+    if sizes.balance == "layer" or layers == 0:
+        return parts.sum()
+    hits, probabilities = (parts[1:] / layers).chunk(2)
+    return parts[0] + sizes.aux_loss * sizes.experts * (hits * probabilities).sum()
 
 
 class Router(nn.Module):
-    """Probabilities of the experts, in fp32 whatever the rest computes in."""
+    """Scores of the experts, in fp32 whatever the rest computes in."""
 
     fp32: ClassVar[bool] = True
 
@@ -62,14 +112,69 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, d))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[t, d] -> [t, E], each row sums to 1."""
-        return F.linear(tokens.to(self.weight.dtype), self.weight).softmax(-1)
+        """[..., d] -> logits [..., E]."""
+        return F.linear(tokens.to(self.weight.dtype), self.weight)
 
 
 class Experts(nn.Module):
-    """SwiGLU experts as stacked weights [E, out, in]."""
+    """Tokens to the experts that they chose and back, and the expert that every token passes."""
 
-    sharding: ClassVar[Sharding] = {"gate_proj": Split(1), "up_proj": Split(1), "down_proj": Split(2)}
+    sharding: ClassVar[Sharding] = {
+        "stacked.gate_proj": SplitExperts(1),
+        "stacked.up_proj": SplitExperts(1),
+        "stacked.down_proj": SplitExperts(2),
+    }
+    token_args: ClassVar[int] = 3
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        sizes, d = config.moe, config.d_model
+        self.count, self.capacity = sizes.experts, sizes.capacity
+        self.stacked = StackedExperts(sizes.experts, d, sizes.hidden)
+        self.shared = MLP(d, sizes.shared_hidden) if sizes.shared_hidden else None
+        self.exchange: ExpertExchange | None = None
+        """Where the experts are spread over ranks."""
+        self.token_ranks = 1
+        """Ranks that share a micro-step's tokens out, as many each."""
+        self.within_capacity = ExpertCapacity(Layout("contiguous", 1))
+
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """x [b, l, d], weights and chosen experts [b, l, k] -> [b, l, d]."""
+        routing, counts, kept = self._route(chosen)
+        rows = permute(x.flatten(0, 1), routing)[:kept]
+        row_weights = weights.flatten().index_select(0, routing.order[:kept])
+        if self.exchange is None:
+            y, shared = self.stacked(rows, row_weights, counts), self._compute_shared(x)
+        else:
+            dispatch = self.exchange.start(rows, row_weights, counts)
+            shared = self._compute_shared(x)
+            y = dispatch.send_back(self.stacked(*dispatch.wait())).wait()
+        if len(y) < len(routing.order):
+            y = F.pad(y, (0, 0, 0, len(routing.order) - len(y)))
+        y = unpermute(y, routing).view_as(x)
+        return y if shared is None else y + shared
+
+    def _route(self, chosen: Tensor) -> tuple[Routing, Tensor, int | None]:
+        """Chosen experts [b, l, k] -> routing; the rows of each expert [E]; how many rows are not dropped, None: all.
+
+        Tokens beyond the capacity go to an expert that does not exist, after all others.
+        """
+        sequences, chosen = len(chosen), chosen.flatten(0, 1)
+        if self.capacity is None:
+            routing = route(chosen, self.count)
+            return routing, routing.counts, None
+        limit = math.ceil(self.capacity * chosen.numel() * self.token_ranks / self.count)
+        kept = self.within_capacity.keep(chosen, sequences, limit, self.count)
+        routing = route(chosen.where(kept, self.count), self.count + 1)
+        counts = routing.counts[:-1]
+        return routing, counts, int(counts.sum())
+
+    def _compute_shared(self, x: Tensor) -> Tensor | None:
+        return None if self.shared is None else self.shared(x)
+
+
+class StackedExperts(nn.Module):
+    """SwiGLU experts as stacked weights [E, out, in]."""
 
     def __init__(self, experts: int, d: int, hidden: int) -> None:
         super().__init__()
@@ -77,10 +182,7 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(experts, hidden, d))
         self.down_proj = nn.Parameter(torch.empty(experts, d, hidden))
 
-    def forward(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """tokens [t, d], weights and chosen experts [t, k] -> [t, d]."""
-        routing = route(chosen, self.gate_proj.shape[0])
-        x, counts = permute(tokens, routing), routing.counts
-        gate, up = (grouped_linear(x, weight, counts) for weight in (self.gate_proj, self.up_proj))
-        h = swiglu(gate, up, weights.flatten().index_select(0, routing.order))
-        return unpermute(grouped_linear(h, self.down_proj, counts), routing)
+    def forward(self, rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+        """Rows [r, d] sorted by expert, their weights [r] and each expert's number of rows [E] -> [r, d]."""
+        gate, up = (grouped_linear(rows, weight, counts) for weight in (self.gate_proj, self.up_proj))
+        return grouped_linear(swiglu(gate, up, weights), self.down_proj, counts)

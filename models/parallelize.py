@@ -1,20 +1,22 @@
 """The one place where a single-device model meets a mesh: sharding tables, sequence-sharded twins, FSDP."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from ..configs.schema import Config, check_tensor_degree
-from ..kernels import dispatch
+from ..configs.schema import Config
 from ..parallel.affine_scan import SequenceScan
 from ..parallel.attention import ATTENTION_FLOPS, SequenceAttention, choose_attention
 from ..parallel.attention import Strategy as AttentionStrategy
-from ..parallel.collectives import all_sum, copy_to, reduce_from
+from ..parallel.collectives import all_sum, copy_to, gather_from, reduce_from, scatter_to
+from ..parallel.experts import ExpertCapacity, ExpertExchange
 from ..parallel.halo import SequenceHalo
 from ..parallel.layout import Layout
 from ..parallel.links import Link, Links, Place, choose
@@ -23,53 +25,54 @@ from ..parallel.vocabulary import VocabularyShards
 from .hybrid import HybridModel, initialize_part
 from .mixers.attention import Attention
 from .mixers.mamba2 import ShortConv, StateSpace
-from .moe import MoE
+from .moe import Experts, MoE
 from .norm import GatedGroupRMSNorm
-from .sharding import Split, SplitGroups
+from .sharding import Split, SplitExperts, SplitGroups
 from .vocabulary import Embedding, Projection
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 """Of the parameters, by the config's precision."""
-ACTIVATION_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
-"""Of an element, by the config's precision."""
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+"""Of the activations, by the config's precision."""
+
+Read = Callable[[DTensor], Tensor]
 
 
-def build_sharded_model(config: Config, mesh: Mesh, device: torch.device) -> HybridModel:
-    """The config's model, each part filled and sharded before the next takes memory; the values are those of one device.
+def build_stage(
+    config: Config, mesh: Mesh, device: torch.device, layers: range, strategies: "Strategies | None" = None
+) -> HybridModel:
+    """Some of the model's layers, each part filled and sharded before the next takes memory; the values are those of one device.
 
-    The process runs the config's kernels from here on. Raises ValueError where the model does not fit the mesh.
+    strategies: of `choose_strategies`, over cp. Raises ValueError where the model does not fit the mesh.
     """
-    dispatch.choose(config.kernels)
-    check_tensor_degree(config.model, mesh.size("tp"))
     with torch.device("meta"):
-        model = HybridModel(config.model).to(DTYPES[config.precision])
+        model = HybridModel(config.model, layers).to(DTYPES[config.precision])
     model.packed = config.data.documents == "packed"
-    shard_sequence(model, config, mesh, device)
-    for name, part in model.parts().items():
+    model.strategies = strategies
+    shard_sequence(model, config, mesh)
+    spread_experts(model, config, mesh)
+    parts = model.parts()
+    for name, part in parts.items():
         part.to_empty(device=device)
         initialize_part(part, name, config.model, config.seed)
-        shard_tensors(part, mesh)
-        shard_data(part, mesh, config.precision)
-    _fully_shard(model, mesh, MixedPrecisionPolicy())
+        shard_tensors(part, mesh, config.parallel.sequence_parallel)
+    model.tie()
+    for modules in _fsdp_units(model, parts):
+        shard_data(modules, mesh, config)
+    fully_shard_summing(model, mesh.data, MixedPrecisionPolicy(), free=False)
+    _prefetch(parts)
     return model
 
 
-def shard_sequence(model: HybridModel, config: Config, mesh: Mesh, device: torch.device) -> None:
-    """Gives every operation that mixes tokens its twin over the cp axis. All ranks call it, since they agree on `auto`.
-
-    Raises ValueError for a mixer that has no such twin, and UserError for a file of links that cannot be read.
-    """
-    if mesh.size("dp_cp") > 1:
-        for module in _of(model, MoE):
-            module.sum_over_tokens = lambda statistics: reduce_from(statistics, mesh.group("dp_cp"))
+def shard_sequence(model: HybridModel, config: Config, mesh: Mesh) -> None:
+    """Gives every operation that mixes tokens its twin over the cp axis. Raises ValueError for a mixer that has no such twin."""
     if mesh.size("cp") == 1:
         return
-    layout, group = Layout(config.parallel.layout, mesh.size("cp")), mesh.group("cp")
+    layout, group, strategies = Layout(config.parallel.layout, mesh.size("cp")), mesh.group("cp"), model.strategies
     assert mesh.states is not None
-    for layer in model.layers:
+    for layer in model.layers.values():
         if not getattr(layer.mixer, "sequence_sharded", False):
             raise ValueError(f"mixer {layer.kinds.mixer} has no sharded version: parallel.cp must be 1")
-    strategies = model.strategies = choose_strategies(config, mesh, device)
     transport = torch.bfloat16 if config.parallel.transport == "bf16" else None
     for module in _of(model, StateSpace):
         module.scan = SequenceScan(layout, mesh.states, strategies.exchange, transport)
@@ -80,6 +83,20 @@ def shard_sequence(model: HybridModel, config: Config, mesh: Mesh, device: torch
     model.register_forward_pre_hook(_require_positions, with_kwargs=True)
 
 
+def spread_experts(model: HybridModel, config: Config, mesh: Mesh) -> None:
+    """Tells every mixture of experts of the tokens, and the experts, on other ranks."""
+    others = "dp_cp_tp" if config.parallel.sequence_parallel else "dp_cp"
+    for module in _of(model, MoE):
+        if mesh.size(others) > 1:
+            module.sum_over_tokens = lambda statistics: reduce_from(statistics, mesh.group(others))
+        module.experts.token_ranks = mesh.size("dp_cp")
+        if mesh.size("dp_cp") > 1:
+            layout = Layout(config.parallel.layout, mesh.size("cp"))
+            module.experts.within_capacity = ExpertCapacity(layout, mesh.group("dp_cp"))
+        if mesh.size("ep") > 1:
+            module.experts.exchange = ExpertExchange(mesh.group("ep"), config.model.moe.experts)
+
+
 class Strategies(NamedTuple):
     """How what mixes tokens passes over cp."""
 
@@ -88,11 +105,13 @@ class Strategies(NamedTuple):
     attention: AttentionStrategy
 
 
-def choose_strategies(config: Config, mesh: Mesh, device: torch.device) -> Strategies:
+def choose_strategies(config: Config, mesh: Mesh, device: torch.device) -> Strategies | None:
     """The config's strategies, the fastest by the links' latency and bandwidth for those that are `auto`; alike on all ranks.
 
-    Raises UserError for a file of links that cannot be read.
+    None where cp is 1. All ranks call it. Raises UserError for a file of links that cannot be read.
     """
+    if mesh.size("cp") == 1:
+        return None
     parallel, model = config.parallel, config.model
     layout, tp = Layout(parallel.layout, mesh.size("cp")), mesh.size("tp")
     link = _link(config, mesh, device)
@@ -106,7 +125,7 @@ def choose_strategies(config: Config, mesh: Mesh, device: torch.device) -> Strat
     if attention == "auto":
         sizes = model.attention
         heads, kv_heads = sizes.heads // tp, max(1, sizes.kv_heads // tp)
-        tokens, size = config.data.context // layout.ranks, ACTIVATION_BYTES[config.precision]
+        tokens, size = config.data.context // layout.ranks, COMPUTE_DTYPES[config.precision].itemsize
         flops = ATTENTION_FLOPS[device.type]
         attention = choose_attention(layout, b, tokens, heads, kv_heads, sizes.head_dim, size, link, flops)
     return Strategies(exchange, attention)
@@ -123,37 +142,59 @@ def _link(config: Config, mesh: Mesh, device: torch.device) -> Link:
     return known[0]
 
 
-def shard_tensors(part: nn.Module, mesh: Mesh) -> None:
-    """Cuts the parameters of every table over the tp axis, and wires the regions' inputs and outputs."""
-    if mesh.size("tp") == 1:
-        return
+def shard_tensors(part: nn.Module, mesh: Mesh, sequence_parallel: bool) -> None:
+    """Cuts the parameters of every table over the tp axis, experts over ep too, and wires the regions' inputs and outputs."""
     tables = {name: module for name, module in part.named_modules() if hasattr(module, "sharding")}
     for module in tables.values():
         for key, split in module.sharding.items():
-            _split_parameter(module, key, split, mesh)
+            if mesh.size("tp") > 1 or (isinstance(split, SplitExperts) and mesh.size("ep") > 1):
+                _split_parameter(module, key, split, mesh)
+    if mesh.size("tp") == 1:
+        return
     regions = {name: module for name, module in tables.items() if not any(_inside(name, outer) for outer in tables)}
     for name, module in part.named_modules():
         inside = any(name == region or _inside(name, region) for region in regions)
-        _replicate_others(module, inside, mesh)
+        _replicate_others(module, inside, mesh, sequence_parallel)
     for module in regions.values():
-        _wire_region(module, mesh.group("tp"))
+        _wire_region(module, mesh.group("tp"), sequence_parallel)
     for norm in _of(part, GatedGroupRMSNorm):
         _share_norm_groups(norm, mesh)
     for end in (*_of(part, Embedding), *_of(part, Projection)):
-        end.shards = VocabularyShards(mesh.group("tp"))
+        end.shards = VocabularyShards(mesh.group("tp"), sequence_parallel)
 
 
-def shard_data(part: nn.Module, mesh: Mesh, precision: str) -> None:
-    """FSDP over dp and cp together; modules marked `fp32` form a group of their own, which bf16 does not touch."""
+def _fsdp_units(model: HybridModel, parts: dict[str, nn.Module]) -> list[list[nn.Module]]:
+    """Modules whose parameters FSDP gathers together; a matrix that two of them share is in one unit."""
+    if not (model.config.tied_embeddings and model.first and model.last):
+        return [[part] for part in parts.values()]
+    ends = [parts["embedding"], parts["head"]]
+    return [ends, *([part] for part in parts.values() if part not in ends)]
+
+
+def shard_data(modules: Sequence[nn.Module], mesh: Mesh, config: Config) -> None:
+    """FSDP of a unit over dp and cp together, of experts spread over ep over the ranks that hold the same.
+
+    Modules marked `fp32` form a group of their own, which bf16 does not touch.
+    """
+    exact, free = MixedPrecisionPolicy(), config.parallel.zero == 3
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    kept = [module for module in part.modules() if getattr(module, "fp32", False)]
-    if kept:
-        _fully_shard(kept, mesh, MixedPrecisionPolicy())
-    _fully_shard(part, mesh, bf16 if precision == "bf16" else MixedPrecisionPolicy())
+    policy = bf16 if config.precision == "bf16" else exact
+    inside = [module for unit in modules for module in unit.modules()]
+    if kept := [module for module in inside if getattr(module, "fp32", False)]:
+        fully_shard_summing(kept, mesh.data, exact, free)
+    for experts in (module for module in inside if isinstance(module, Experts) and module.exchange):
+        fully_shard_summing(experts.stacked, mesh.expert_data, policy, free)
+    fully_shard_summing(list(modules) if len(modules) > 1 else modules[0], mesh.data, policy, free)
 
 
-def _fully_shard(modules: Any, mesh: Mesh, policy: MixedPrecisionPolicy) -> None:
-    fully_shard(modules, mesh=mesh.data, mp_policy=policy, shard_placement_fn=lambda p: _data_placement(p, mesh.size("dp_cp")))
+def fully_shard_summing(modules: Any, mesh: DeviceMesh, policy: MixedPrecisionPolicy, free: bool) -> None:
+    """FSDP of a module, or of several as one unit, over the last of the mesh's axes; of two, the first holds copies.
+
+    free: whether gathered parameters go after each forward.
+    """
+    ranks = mesh.size(mesh.ndim - 1)
+    placement: Any = lambda parameter: _data_placement(parameter, ranks)  # noqa: E731
+    fully_shard(modules, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=free)
     for module in modules if isinstance(modules, list) else [modules]:
         assert isinstance(module, FSDPModule)
         # Gradients are summed, the loss being a sum over all tokens; FSDP's own default is the mean. gloo has no scaled sum.
@@ -169,38 +210,55 @@ def _data_placement(parameter: nn.Parameter, ranks: int) -> Shard | None:
     return next((Shard(dim) for dim in (2, 1) if dim not in taken and parameter.shape[dim] % ranks == 0), None)
 
 
+def _prefetch(parts: dict[str, nn.Module]) -> None:
+    """Each part gathers the next one's parameters before it computes: with ep the host waits inside, too late to be early."""
+    for part, following in itertools.pairwise(parts.values()):
+        if isinstance(part, FSDPModule):
+            part.set_modules_to_forward_prefetch([module for module in following.modules() if isinstance(module, FSDPModule)])
+
+
 def _require_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if len(args) < 3 and kwargs.get("positions") is None:
         raise ValueError("a model over cp needs positions: Layout.positions of this rank")
 
 
-def _split_parameter(module: nn.Module, key: str, split: Split | SplitGroups, mesh: Mesh) -> None:
+def _split_parameter(module: nn.Module, key: str, split: Split | SplitGroups | SplitExperts, mesh: Mesh) -> None:
     path, _, name = key.rpartition(".")
     owner = module.get_submodule(path)
     parameter = getattr(owner, name)
     try:
-        placement, read = _plan(split, parameter.shape, mesh)
+        over, placements, read = _plan(split, parameter.shape, mesh)
     except ValueError as error:
         raise ValueError(f"{type(module).__name__}.{key}: {error}") from None
-    sharded = distribute_tensor(parameter.data, mesh.tensor, [placement], src_data_rank=None)
+    sharded = distribute_tensor(parameter.data, over, placements, src_data_rank=None)
     owner.register_parameter(name, nn.Parameter(sharded))
     _read_locally(owner, name, read)
 
 
-def _plan(split: Split | SplitGroups, shape: torch.Size, mesh: Mesh) -> tuple[Placement, Callable[[DTensor], Tensor]]:
-    """Where a parameter lies over tp, and what a rank reads of it."""
+def _plan(split: Split | SplitGroups | SplitExperts, shape: torch.Size, mesh: Mesh) -> tuple[DeviceMesh, list[Placement], Read]:
+    """The axes that a parameter is cut over, where it lies on them, and what a rank reads of it."""
     tp = mesh.size("tp")
     if isinstance(split, SplitGroups) and split.groups < tp and tp % split.groups == 0:
         block = mesh.rank("tp") * split.groups // tp
-        return Replicate(), lambda p: p.to_local(grad_placements=[Partial()]).unflatten(0, (split.groups, -1))[block]
-    dim, pieces = (split.dim, shape[split.dim]) if isinstance(split, Split) else (0, split.groups)
+        read: Read = lambda p: p.to_local(grad_placements=[Partial()]).unflatten(0, (split.groups, -1))[block]  # noqa: E731
+        return mesh.tensor, [Replicate()], read
+    dim, pieces = (0, split.groups) if isinstance(split, SplitGroups) else (split.dim, shape[split.dim])
     if pieces % tp:
         raise ValueError(f"{pieces} pieces do not divide over tp {tp}")
-    return Shard(dim), lambda p: p.to_local(grad_placements=[Shard(dim)])
+    over, placements = mesh.tensor, [Shard(dim)]
+    if isinstance(split, SplitExperts) and mesh.size("ep") > 1:
+        over, placements = mesh.expert_tensor, [Shard(0), Shard(dim)]
+        if shape[0] % mesh.size("ep"):
+            raise ValueError(f"{shape[0]} experts do not divide over ep {mesh.size('ep')}")
+    return over, [*placements], lambda p: p.to_local(grad_placements=placements)
 
 
-def _replicate_others(module: nn.Module, inside_region: bool, mesh: Mesh) -> None:
-    """Parameters that no table names are the same on every rank of the axis, and so are their gradients outside a region."""
+def _replicate_others(module: nn.Module, inside_region: bool, mesh: Mesh, sequence_parallel: bool) -> None:
+    """Parameters that no table names are the same on every rank of the axis.
+
+    So are their gradients outside a region, unless ranks have different tokens there: then they are added up.
+    """
+    gradient = Partial() if sequence_parallel else Replicate()
     for name, parameter in list(module.named_parameters(recurse=False)):
         if isinstance(parameter, DTensor):
             continue
@@ -208,7 +266,7 @@ def _replicate_others(module: nn.Module, inside_region: bool, mesh: Mesh) -> Non
             raise ValueError(f"{type(module).__name__}.{name} is in no sharding table of its tensor region")
         whole = distribute_tensor(parameter.data, mesh.tensor, [Replicate()], src_data_rank=None)
         module.register_parameter(name, nn.Parameter(whole))
-        _read_locally(module, name, lambda p: p.to_local(grad_placements=[Replicate()]))
+        _read_locally(module, name, lambda p: p.to_local(grad_placements=[gradient]))
 
 
 def _inside(name: str, outer: str) -> bool:
@@ -228,12 +286,19 @@ def _read_locally(module: nn.Module, name: str, read: Callable[[DTensor], Tensor
     module.register_forward_hook(after, always_call=True)
 
 
-def _wire_region(module: nn.Module, group: Any) -> None:
+def _wire_region(module: nn.Module, group: dist.ProcessGroup, sequence_parallel: bool) -> None:
+    count = getattr(module, "token_args", 1)
+
+    def bring(arg: Tensor) -> Tensor:
+        if sequence_parallel:
+            return gather_from(arg, group, 1)
+        return copy_to(arg, group) if arg.is_floating_point() else arg
+
     def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(copy_to(a, group) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+        return *(bring(arg) for arg in args[:count]), *args[count:]
 
     def leave(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return reduce_from(output, group)
+        return scatter_to(output, group, 1) if sequence_parallel else reduce_from(output, group)
 
     module.register_forward_pre_hook(enter)
     if not getattr(module, "output_sharded", False):

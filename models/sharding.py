@@ -1,7 +1,9 @@
 """How a module's parameters lie on the tensor axis: what a mixer declares beside them and `parallelize` applies.
 
 A module with a `sharding` table is a tensor region: its input is the same on every rank of the axis, each rank works on its
-part of the heads or hidden units, and unless `output_sharded` is set its outputs are summed over the ranks.
+part of the heads or hidden units, and unless `output_sharded` is set its outputs are summed over the ranks. Its first
+`token_args` arguments (one, unless it says otherwise) are [b, l, ...]: under sequence_parallel each rank brings a part of their
+tokens, which are put together, and takes a part of the output's.
 """
 
 from dataclasses import dataclass
@@ -22,7 +24,14 @@ class SplitGroups:
     groups: int
 
 
+@dataclass(frozen=True)
+class SplitExperts:
+    """Stacked experts: dim 0 is cut over the ep axis, and `dim` over tp."""
+
+    dim: int
+
+
 ROWS = Split(0)
 COLUMNS = Split(1)
 
-Sharding = dict[str, Split | SplitGroups]
+Sharding = dict[str, Split | SplitGroups | SplitExperts]

@@ -19,6 +19,7 @@ class Embedding(nn.Module):
     # A tensor region only in its rows: ids carry no gradient, and the shards add the parts up themselves.
     sharding: ClassVar[Sharding] = {"weight": ROWS}
     output_sharded: ClassVar[bool] = True
+    token_args: ClassVar[int] = 0
 
     def __init__(self, vocab_size: int, d: int) -> None:
         super().__init__()

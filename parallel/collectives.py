@@ -3,6 +3,8 @@
 copy_to       the same value everywhere, used differently by each rank    forward nothing   backward all-reduce
 reduce_from   each rank has a part of a sum that all use alike            forward all-reduce  backward nothing
 all_sum       a sum of parts that each rank uses differently              forward all-reduce  backward all-reduce
+gather_from   a part each of what all then use differently                forward all-gather  backward reduce-scatter
+scatter_to    each rank has a part of a sum and goes on with a part of it forward reduce-scatter  backward all-gather
 
 They are looked up in torch.distributed when they run, where `recorder` counts them.
 """
@@ -50,6 +52,31 @@ def all_sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _CopyTo.apply(_ReduceFrom.apply(tensor, group), group)
 
 
+def gather_from(tensor: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    """Every rank's tensor, one after another along `dim`; the gradient is summed over the group, each rank gets its part."""
+    return _GatherFrom.apply(tensor, group, dim)
+
+
+def scatter_to(tensor: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    """This rank's part along `dim` of the sum over the group; the gradients of all ranks are put together."""
+    return _ScatterTo.apply(tensor, group, dim)
+
+
+def _gathered(tensor: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    own = tensor.detach().contiguous()
+    out = own.new_empty(dist.get_world_size(group), *own.shape)
+    gather_single(out.view(-1, *own.shape[1:]), own, group)
+    # For a batch of one sequence, split along its tokens, this is no copy.
+    return out.movedim(0, dim).flatten(dim, dim + 1)
+
+
+def _scattered(tensor: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    whole = tensor.detach().unflatten(dim, (dist.get_world_size(group), -1)).movedim(dim, 0).contiguous()
+    out = whole.new_empty(whole.shape[1:])
+    scatter_single(out, whole.flatten(0, 1), group)
+    return out
+
+
 def _all_reduced(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = tensor.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(out, group=group)
@@ -75,3 +102,25 @@ class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+class _GatherFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return _gathered(tensor, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _scattered(grad, ctx.group, ctx.dim), None, None
+
+
+class _ScatterTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return _scattered(tensor, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gathered(grad, ctx.group, ctx.dim), None, None

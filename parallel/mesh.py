@@ -1,5 +1,6 @@
 """The device mesh: named axes over all ranks and the groups made from them, handed on explicitly."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -7,64 +8,114 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from ..configs.schema import ParallelConfig
+from ..configs.schema import Degrees, ParallelConfig
 
 AXES = ("pp", "dp", "cp", "tp")
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks arranged as pp x dp x cp x tp, tp innermost (neighbours on one node).
+    """Ranks arranged as pp x dp x cp x tp, tp innermost (neighbours on one node), and in other ways over the same ranks.
 
-    data is dp and cp as one axis, "dp_cp": parameters are sharded and gradients summed over it.
+    axes are, by name: those of AXES; "dp_cp", over which tokens are shared out; "dp_cp_tp"; "pp_dp_cp"; "ep", runs of "dp_cp", with
+    "edp" the ranks that hold the same experts.
+    data and expert_data are the axes that FSDP shards dense parameters and experts over: "dp_cp" and "edp", or with copies of the
+    parameters (HSDP) two axes each, of which it shards over the second.
     states is this rank's cp axis, if longer than 1, in a group of its own, for exchanges that run beside the computation: a
     DeviceMesh may give axes of the same ranks one group, and collectives of two threads on one group would meet the wrong partners.
     """
 
-    dense: DeviceMesh
+    axes: dict[str, DeviceMesh]
+    ranks: torch.Tensor
+    """[copies, pp, dp, cp, tp], numbers in the default group."""
     data: DeviceMesh
+    expert_data: DeviceMesh
+    expert_tensor: DeviceMesh
+    """The axes "ep" and "tp", over which stacked experts are cut."""
     states: dist.ProcessGroup | None = None
     neighbours: dict[int, dist.ProcessGroup] = field(default_factory=dict, compare=False)
 
     @property
     def tensor(self) -> DeviceMesh:
         """The tp axis."""
-        return self.dense["tp"]
+        return self.axes["tp"]
 
     def size(self, axis: str) -> int:
-        """Ranks along an axis of AXES, or along "dp_cp"."""
-        return (self.data if axis == "dp_cp" else self.dense[axis]).size()
+        """Ranks along an axis."""
+        return self.axes[axis].size()
 
     def rank(self, axis: str) -> int:
         """This rank's place along an axis."""
-        return (self.data if axis == "dp_cp" else self.dense[axis]).get_local_rank()
+        return self.axes[axis].get_local_rank()
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """This rank's group along an axis."""
-        return (self.data if axis == "dp_cp" else self.dense[axis]).get_group()
+        return self.axes[axis].get_group()
 
     def tensor_neighbours(self, size: int) -> dist.ProcessGroup:
         """This rank's group of `size` neighbours along tp, for what fewer than all of them share. All ranks must call it."""
         if size == self.size("tp"):
             return self.group("tp")
         if size not in self.neighbours:
-            runs = self.dense.mesh.reshape(-1, size).tolist()
+            runs = self.ranks.reshape(-1, size).tolist()
             self.neighbours[size], _ = dist.new_subgroups_by_enumeration(runs)
-            _give_up_as_the_default_group(self.neighbours[size], self.dense.device_type)
+            _give_up_as_the_default_group(self.neighbours[size], self.tensor.device_type)
         return self.neighbours[size]
+
+    def pipeline_ends(self) -> dist.ProcessGroup | None:
+        """This rank's group of the first and last rank of its pipeline; None on ranks between. All ranks must call it."""
+        ends = self.ranks[:, [0, -1]].movedim(1, -1).reshape(-1, 2).tolist()
+        group, _ = dist.new_subgroups_by_enumeration(ends)
+        if group is not None:
+            _give_up_as_the_default_group(group, self.tensor.device_type)
+        return group
 
 
 def build_mesh(parallel: ParallelConfig, device_type: str) -> Mesh:
     """Lays the default process group out as `parallel` says. Raises ValueError when the degrees do not multiply to it."""
-    sizes = parallel.degrees(dist.get_world_size())
-    dense = init_device_mesh(device_type, (sizes.pp, sizes.dp, sizes.cp, sizes.tp), mesh_dim_names=AXES)
+    return _lay_out(parallel.degrees(dist.get_world_size()), parallel.replicate, device_type)
+
+
+def build_mesh_of_one(device_type: str) -> Mesh:
+    """A mesh for each rank with nobody else on it. All ranks call it."""
+    return _lay_out(Degrees(tp=1, cp=1, dp=1, pp=1, ep=1), 1, device_type)
+
+
+def _lay_out(sizes: Degrees, replicate: int, device_type: str) -> Mesh:
+    """As many copies of the mesh as the default group has room for."""
+    world = dist.get_world_size()
+    tokens = sizes.dp * sizes.cp
+    copies = world // (sizes.pp * tokens * sizes.tp)
+    # FSDP wants all meshes of a parameter to come of one.
+    flat = init_device_mesh(device_type, (world,), mesh_dim_names=("world",))
+
+    def arranged(**lengths: int) -> DeviceMesh:
+        lengths = {"copies": copies, **lengths}
+        assert math.prod(lengths.values()) == world
+        return flat._unflatten(0, tuple(lengths.values()), tuple(lengths))
+
+    dense = arranged(pp=sizes.pp, dp=sizes.dp, cp=sizes.cp, tp=sizes.tp)
+    alike = tokens // replicate // sizes.ep
+    experts = arranged(pp=sizes.pp, replicate=replicate, edp_shard=alike, ep=sizes.ep, tp=sizes.tp)
+    axes = {axis: dense[axis] for axis in AXES}
+    axes["dp_cp"] = arranged(pp=sizes.pp, dp_cp=tokens, tp=sizes.tp)["dp_cp"]
+    axes["dp_cp_tp"] = arranged(pp=sizes.pp, dp_cp_tp=tokens * sizes.tp)["dp_cp_tp"]
+    axes["pp_dp_cp"] = arranged(pp_dp_cp=sizes.pp * tokens, tp=sizes.tp)["pp_dp_cp"]
+    axes["ep"] = experts["ep"]
+    axes["edp"] = arranged(pp=sizes.pp, edp=alike * replicate, ep=sizes.ep, tp=sizes.tp)["edp"]
+    data, expert_data = axes["dp_cp"], axes["edp"]
+    if replicate > 1:
+        shards = arranged(pp=sizes.pp, replicate=replicate, dp_cp_shard=tokens // replicate, tp=sizes.tp)
+        data, expert_data = shards["replicate", "dp_cp_shard"], experts["replicate", "edp_shard"]
     states = None
     if sizes.cp > 1:
-        axes = dense.mesh.movedim(AXES.index("cp"), -1).reshape(-1, sizes.cp).tolist()
-        states, _ = dist.new_subgroups_by_enumeration(axes, group_desc="mesh_states")
-    mesh = Mesh(dense, dense["dp", "cp"]._flatten("dp_cp"), states)
-    for group in (*(mesh.group(axis) for axis in (*AXES, "dp_cp")), *([states] if states else [])):
-        _give_up_as_the_default_group(group, device_type)
+        runs = dense.mesh.movedim(-2, -1).reshape(-1, sizes.cp).tolist()
+        states, _ = dist.new_subgroups_by_enumeration(runs, group_desc="mesh_states")
+    mesh = Mesh(axes, dense.mesh, data, expert_data, experts["ep", "tp"], states)
+    for axis in (*axes.values(), *(each[name] for each in (data, expert_data) for name in each.mesh_dim_names or ())):
+        _give_up_as_the_default_group(axis.get_group(), device_type)
+    if states:
+        _give_up_as_the_default_group(states, device_type)
     return mesh
 
 

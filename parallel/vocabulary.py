@@ -6,20 +6,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels.cross_entropy import projected_cross_entropy_sum
-from .collectives import gather_single, reduce_from
+from .collectives import gather_single, reduce_from, scatter_to
 
 
 class VocabularyShards:
-    """The two ends of a model whose vocabulary is cut into equal runs of rows over a group."""
+    """The two ends of a model whose vocabulary is cut into equal runs of rows over a group.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    sequence_parallel: embedded tokens, of which every rank has the ids, are shared out over the group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, sequence_parallel: bool = False) -> None:
+        self.group, self.sequence_parallel = group, sequence_parallel
         self.rank = dist.get_rank(group)
 
     def embed(self, ids: Tensor, rows: Tensor) -> Tensor:
-        """ids [...] over the whole vocabulary, rows [v, d] of this rank -> [..., d], the same on every rank."""
+        """ids [b, l] over the whole vocabulary, rows [v, d] of this rank -> [b, l, d], the same on every rank, or a part of l."""
         local, here = self._local(ids, rows.shape[0])
-        return reduce_from(F.embedding(local, rows) * here[..., None], self.group)
+        part = F.embedding(local, rows) * here[..., None]
+        return scatter_to(part, self.group, 1) if self.sequence_parallel else reduce_from(part, self.group)
 
     def projected_cross_entropy_sum(self, x: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
         """As `kernels.cross_entropy.projected_cross_entropy_sum`, from this rank's rows [v, d] and the x and labels of all.

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,81 +13,98 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.fsdp import FSDPModule
 
 from ... import __version__
 from ...configs.errors import UserError
-from ...configs.schema import Config
+from ...configs.pattern import CUT
+from ...configs.schema import Config, ModelConfig
+from ...models.stages import Stages
+from ...parallel.failures import naming_the_missing
+from ..checkpoints.manifest import MANIFEST, read_manifest
 from .run_folder import checkpoint_folder, checkpoints
 from .token_files import tokenizer_digest
 
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+PARTIAL = ".partial"
+FREE = ("moe.aux_loss", "moe.balance", "moe.z_loss", "moe.bias_rate", "moe.capacity")
+"""Keys of the model that a run may change on its way: they weigh losses and share out tokens, and no shape depends on them."""
 
 
 class Checkpointer:
-    """Saves and loads a model, its optimizer, the CPU's random state, and how far the run is."""
+    """Saves and loads the parameters, buffers and optimizer of all stages, the CPU's random state, and how far the run is.
 
-    def __init__(self, config: Config, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.config, self.model, self.optimizer = config, model, optimizer
-        self.leads = dist.get_rank() == 0
+    Tensors have their names in the whole model and say which part of it they are, so that any mesh, with any layout and cuts of
+    a pipeline, reads what any other has written.
+    """
+
+    def __init__(self, config: Config, stages: Stages, optimizer: torch.optim.Optimizer) -> None:
+        """All ranks call it."""
+        self.config, self.stages, self.optimizer = config, stages, optimizer
+        self.group = _group_beside_training()
+        on_gpu = torch.cuda.is_available()
+        # Pinned memory is slow to get, so the stager stays, and the host's copy of the state with it.
+        self.stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
+        self.unfinished: tuple[Path, Future[Any]] | None = None
 
     def save(self, step: int, consumed: int) -> Path:
-        """Writes the state after `step` steps and `consumed` samples; older checkpoints beyond checkpoint.keep go."""
+        """Writes the state after `step` steps and `consumed` samples; older checkpoints beyond checkpoint.keep go.
+
+        With checkpoint.asynchronous the state is copied here, and written beside what follows until `finish`. Raises UserError,
+        the same on all ranks, where this one, or the one before, cannot be written; nothing else is lost by that.
+        """
+        self.finish()
         target = checkpoint_folder(self.config.run, step)
-        partial = target.with_name(f"{target.name}.partial")
-        try:
-            if self.leads:
-                for unfinished in target.parent.glob("*.partial"):
-                    shutil.rmtree(unfinished)
-                partial.mkdir(parents=True)
-            dist.barrier()
-            dcp.save(self._state(), checkpoint_id=partial)
-            if self.leads:
-                self._complete(partial, target, step, consumed)
-        except (OSError, CheckpointException) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"{target}: cannot be written: {_last_line(error)}") from None
-        dist.barrier()
+        writer = _Writer(target, lambda folder: self._describe(folder, step, consumed), self.config.checkpoint.keep)
+        if self.config.checkpoint.asynchronous:
+            writing = dcp.async_save(self._state(), storage_writer=writer, process_group=self.group, async_stager=self.stager)
+            assert isinstance(writing, Future)
+            self.unfinished = target, writing
+        else:
+            with _writing(target):
+                dcp.save(self._state(), storage_writer=writer, process_group=self.group)
         return target
 
-    def _complete(self, partial: Path, target: Path, step: int, consumed: int) -> None:
-        self._describe(partial, step, consumed)
-        os.rename(partial, target)
-        for old in checkpoints(self.config.run)[: -self.config.checkpoint.keep]:
-            shutil.rmtree(old)
+    def finish(self) -> None:
+        """Waits until the last `save` is complete. Raises UserError where it cannot be written."""
+        if self.unfinished is not None:
+            (target, writing), self.unfinished = self.unfinished, None
+            with _writing(target):
+                writing.result()
 
     def load(self, folder: Path) -> tuple[int, int]:
         """Reads a checkpoint in place -> steps and samples done. Raises UserError: truncated, or another model's."""
+        self.finish()
         facts = self._check(folder)
+        _create_states(self.optimizer)
         state = self._state()
-        random_states = state.pop("random")
-        if facts["world"] == dist.get_world_size():
-            state["random"] = random_states
+        if facts["world"] != dist.get_world_size():
+            del state["random"]
         try:
-            dcp.load(state, checkpoint_id=folder)
+            state["model"] = _without_new_buffers(state["model"], folder)
+            dcp.load(state, checkpoint_id=folder, process_group=self.group)
         except (Exception, CheckpointException) as error:  # the library's own is no Exception
-            raise UserError(f"{folder}: cannot be read: {_last_line(error)}") from None
-        set_model_state_dict(self.model, state["model"])
-        # A checkpoint also holds the settings it was made with; those of the config count.
-        settings = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in self.optimizer.param_groups]
-        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=FLAT)
-        for group, kept in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(kept)
+            raise UserError(f"{folder}: cannot be read: {_reason(error)}") from None
         if "random" in state:
-            torch.set_rng_state(random_states[str(dist.get_rank())])
+            torch.set_rng_state(state["random"][str(dist.get_rank())])
         return facts["step"], facts["consumed"]
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors that are read in place. Settings such as the learning rate are not among them: the config's count."""
+        for module in (module for model in self.stages.models for module in model.modules()):
+            if isinstance(module, FSDPModule):
+                # After a forward without a backward parameters may be whole still, which are copies of what is trained.
+                module.reshard()
+        parameters = dict(self.stages.named_parameters())
+        for name, parameter in parameters.items():
+            if parameter not in self.optimizer.state:
+                raise ValueError(f"{name} has no optimizer state: it is not what the optimizer works on, or had no gradient yet")
         return {
-            "model": get_model_state_dict(self.model),
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=FLAT),
+            "model": {**parameters, **dict(self.stages.named_buffers())},
+            "optimizer": {f"{name}.{key}": t for name, p in parameters.items() for key, t in self.optimizer.state[p].items()},
             "random": {str(dist.get_rank()): torch.get_rng_state()},
         }
 
@@ -103,7 +122,7 @@ class Checkpointer:
             "torch": torch.__version__,
             "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
         }
-        (folder / "manifest.json").write_text(json.dumps(facts, indent=1))
+        (folder / MANIFEST).write_text(json.dumps(facts, indent=1))
 
     def _data_facts(self) -> dict[str, int]:
         """What the position in the data depends on."""
@@ -112,10 +131,10 @@ class Checkpointer:
 
     def _check(self, folder: Path) -> dict[str, Any]:
         facts = read_manifest(folder)
-        saved = yaml.safe_load((folder / "config.yaml").read_text())["model"]
-        for key, value in _leaves(self.config.model.model_dump(mode="json")):
-            if (old := dict(_leaves(saved)).get(key)) != value:
-                raise UserError(f"{folder} is of another model: its model.{key} is {old!r}, the config's {value!r}")
+        saved, now = _shapes(_read_model(folder)), _shapes(self.config.model)
+        for key in {**now, **saved}:
+            if (before := saved.get(key)) != (value := now.get(key)):
+                raise UserError(f"{folder} is of another model: its model.{key} is {before!r}, the config's {value!r}")
         if facts["tokenizer"] != tokenizer_digest(self.config.data.folder):
             raise UserError(f"{folder} was trained with another tokenizer than {self.config.data.folder}/tokenizer.json")
         for key, value in self._data_facts().items():
@@ -124,26 +143,95 @@ class Checkpointer:
         return facts
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """A checkpoint's manifest, its files checked for size. Raises UserError, which names the file."""
+class _Writer(FileSystemWriter):
+    """Writes a checkpoint's files beside its place. What fails on one rank, also at the end, is raised on all of them.
+
+    The one that coordinates makes the checkpoint complete when all have written: then it has its name, and older ones may go.
+    """
+
+    def __init__(self, target: Path, describe: Callable[[Path], None], keep: int) -> None:
+        super().__init__(target.with_name(target.name + PARTIAL))
+        self.target, self.describe, self.keep = target, describe, keep
+
+    def prepare_global_plan(self, plans: list[dcp.SavePlan]) -> list[dcp.SavePlan]:
+        """Removes what was left unfinished before: all ranks have the folder, and none has written yet."""
+        for unfinished in self.target.parent.glob(f"*{PARTIAL}"):
+            if unfinished != Path(self.path):
+                shutil.rmtree(unfinished)
+        for left in Path(self.path).iterdir():
+            left.unlink()
+        return super().prepare_global_plan(plans)
+
+    def finish(self, metadata: dcp.Metadata, results: list[list[Any]]) -> None:
+        """Gives the checkpoint its manifest and its name."""
+        super().finish(metadata, results)
+        folder = Path(self.path)
+        written = {result.storage_data.relative_path for rank in results for result in rank}
+        if missing := written - {path.name for path in folder.iterdir()}:
+            where = "allowed: a run's folder on a file system that all hosts share"
+            raise UserError(f"{len(missing)} of {len(written)} files, such as {min(missing)}, are on another host; {where}")
+        self.describe(folder)
+        os.rename(folder, self.target)
+        for old in checkpoints(self.target.parent.parent)[: -self.keep]:
+            # Its files do not go one by one under a name that says it is complete.
+            going = old.with_name(old.name + PARTIAL)
+            os.rename(old, going)
+            shutil.rmtree(going, ignore_errors=True)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Around what raises the errors of a checkpoint's writing: a UserError in their place, and no part of it stays."""
     try:
-        facts = json.loads((folder / "manifest.json").read_text())
-        files = dict(facts["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder}: no complete checkpoint: manifest.json is missing or damaged") from None
-    for name, size in files.items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found} bytes where {size} were written"
-            before = [p for p in folder.parent.glob("step-????????") if p.name < folder.name]
-            hint = f"; remove {folder} to resume from {max(before).name}" if before else ""
-            raise UserError(f"{folder} is truncated: {name} {what}{hint}")
-    return facts
+        with naming_the_missing("checkpoint"):
+            yield
+    except CheckpointException as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(target.with_name(target.name + PARTIAL), ignore_errors=True)
+        raise UserError(f"{target}: cannot be written: {_reason(error)}") from None
 
 
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+def _group_beside_training() -> dist.ProcessGroup:
+    """All ranks, on the host: collectives of the thread that writes must not meet those of training."""
+    default = dist.distributed_c10d._get_default_group()
+    limit = default._get_backend(default._device_types[0]).options._timeout
+    return dist.new_group(backend="gloo", timeout=limit, group_desc="checkpoint")
+
+
+def _create_states(optimizer: torch.optim.Optimizer) -> None:
+    """Where the optimizer has taken no step yet, one that changes nothing: it alone knows what it keeps for a parameter."""
+    if optimizer.state:
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def _without_new_buffers(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Buffers that the checkpoint lacks, such as biases of experts that the run had no rate for, begin as in a new model."""
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter) or f"model.{name}" in saved}
+
+
+def _read_model(folder: Path) -> ModelConfig:
+    """As it was saved; what has become a key since has its default."""
+    try:
+        return ModelConfig.model_validate(yaml.safe_load((folder / "config.yaml").read_text())["model"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        raise UserError(f"{folder}/config.yaml: is damaged, or of another version of baton") from None
+
+
+def _shapes(model: ModelConfig) -> dict[str, Any]:
+    """By key, what has to be as in the checkpoint: neither where a pipeline is cut nor what is FREE."""
+    leaves = dict(_leaves(model.model_dump(mode="json", exclude={"repeat"})))
+    leaves["pattern"] = (model.pattern * model.repeat).replace(CUT, "")
+    return {key: value for key, value in leaves.items() if key not in FREE}
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -152,3 +240,11 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _reason(error: BaseException) -> str:
+    """In a line, what went wrong on the first rank where something did."""
+    if isinstance(error, CheckpointException):
+        error = error.failures[min(error.failures)][0]
+    said = (str(error).strip().splitlines() or [""])[0]
+    return said if isinstance(error, (OSError, UserError)) else f"{type(error).__name__}: {said}"

@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple, get_args
 
-from ...configs.errors import UserError
+from ...configs.errors import KeyedError, UserError
 from ...configs.loading import load_config
-from ...configs.schema import BatchConfig, Config, KeyedError, ParallelConfig
+from ...configs.schema import BatchConfig, Config, ParallelConfig
 
 SHORT = 256
 """Tokens of context where every mesh is compared."""

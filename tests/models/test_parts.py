@@ -10,7 +10,7 @@ from baton.models.hybrid import build_model
 from baton.models.initialization import initialize
 from baton.models.mixers.attention import Attention
 from baton.models.mixers.mamba2 import Mamba2
-from baton.models.moe import MoE
+from baton.models.moe import MoE, auxiliary_loss
 from helpers import relative_error, tiny_config
 
 
@@ -18,7 +18,7 @@ def filled(kind, overrides=()):
     """A part with parameters at random, also those that start at 0 or 1."""
     config = tiny_config(list(overrides)).model
     part = kind(config).double()
-    initialize(part, "part", 0, 0.3, 1)
+    initialize(part, "part", 0, 0.3, 1, {})
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in part.parameters():
@@ -91,28 +91,92 @@ def test_attention(rope):
     assert config.attention.rope is None or relative_error(found, part(inputs(), positions * 3).detach()) > 1e-3
 
 
-def test_moe():
-    part, config = filled(MoE)
-    y, auxiliary = part(inputs())
-    experts, hits = config.moe.experts, torch.zeros(config.moe.experts, dtype=torch.float64)
-    reference, probabilities = [], (inputs().flatten(0, 1) @ part.router.weight.T).softmax(-1)
-    for token, row in zip(inputs().flatten(0, 1), probabilities, strict=True):
+def expert_by_definition(gate, up, down, token):
+    return down @ (F.silu(gate @ token) * (up @ token))
+
+
+def moe_by_definition(part, sizes, x):
+    """Token by token: the output, and the layer's statistics: hits, mean probabilities and mean squares of log-sum-exp."""
+    experts, stacked = sizes.experts, part.experts.stacked
+    matrices = list(zip(stacked.gate_proj, stacked.up_proj, stacked.down_proj, strict=True))
+    taken, hits, outputs = [0] * experts, torch.zeros(experts, dtype=torch.float64), []
+    logits = x.flatten(0, 1) @ part.router.weight.T
+    limit = math.ceil((sizes.capacity or experts) * len(logits) * sizes.top_k / experts)
+    for token, row in zip(x.flatten(0, 1), logits.softmax(-1), strict=True):
         total = torch.zeros(32, dtype=torch.float64)
-        for e in row.argsort(descending=True)[: config.moe.top_k]:
+        for e in (row if part.bias is None else row + part.bias).argsort(descending=True)[: sizes.top_k].tolist():
             hits[e] += 1
-            hidden = F.silu(part.experts.gate_proj[e] @ token) * (part.experts.up_proj[e] @ token)
-            total = total + row[e] * (part.experts.down_proj[e] @ hidden)
-        reference.append(total)
-    assert relative_error(y.flatten(0, 1).detach(), torch.stack(reference).detach()) <= 1e-12
-    expected = config.moe.aux_loss * experts * (hits / 22 * probabilities.mean(0)).sum()
-    assert relative_error(auxiliary.detach(), expected.detach()) <= 1e-12
+            taken[e] += 1
+            if taken[e] <= limit:
+                total = total + row[e] * expert_by_definition(*matrices[e], token)
+        if part.experts.shared is not None:
+            total = total + expert_by_definition(*(p.weight for p in part.experts.shared.children()), token)
+        outputs.append(total)
+    statistics = hits / len(logits), logits.softmax(-1).mean(0), logits.exp().sum(-1).log().square().mean()
+    return torch.stack(outputs), statistics, sum(max(0, count - limit) for count in taken)
+
+
+@pytest.mark.parametrize("more", [{}, {"shared_hidden": 24}, {"capacity": 0.8}, {"bias_rate": 0.1}, {"top_k": 4}])
+def test_moe(more):
+    part, config = filled(MoE, [f"model.moe.{key}={value}" for key, value in more.items()])
+    if part.bias is not None:
+        part.bias.copy_(torch.tensor([0.5, -0.5, 0.2, -0.2]))
+    y, parts = part(inputs())
+    expected, (hits, probabilities, _), dropped = moe_by_definition(part, config.moe, inputs())
+    assert relative_error(y.flatten(0, 1).detach(), expected.detach()) <= 1e-12
+    loss = config.moe.aux_loss * config.moe.experts * (hits * probabilities).sum()
+    assert relative_error(auxiliary_loss(parts, config.moe, 1).detach(), loss.detach()) <= 1e-12
+    assert (dropped > 0) == ("capacity" in more)
+    assert torch.equal(part.load, hits * 22)
+
+
+@pytest.mark.parametrize("balance", ["layer", "pooled"])
+def test_auxiliary_loss_of_two_layers(balance):
+    """Pooled: hits and probabilities over the tokens of both, before the product."""
+    overrides = [f"model.moe.balance={balance}", "model.moe.z_loss=0.3"]
+    (one, config), (other, _) = filled(MoE, overrides), filled(MoE, overrides)
+    with torch.no_grad():
+        other.router.weight.mul_(-2)
+    of_both = [moe_by_definition(part, config.moe, inputs())[1] for part in (one, other)]
+    f, p, squares = (torch.stack(each) for each in zip(*of_both, strict=True))
+    balances = (f.mean(0) * p.mean(0)).sum() if balance == "pooled" else (f * p).sum()
+    expected = config.moe.aux_loss * config.moe.experts * balances + 0.3 * squares.sum()
+    found = auxiliary_loss(one(inputs())[1] + other(inputs())[1], config.moe, 2)
+    assert relative_error(found.detach(), expected.detach()) <= 1e-12
 
 
 def test_a_balanced_router_has_the_least_auxiliary_loss():
     part, config = filled(MoE)
     even = torch.full((8, 4), 0.25, dtype=torch.float64)
     chosen = torch.tensor([[0, 1], [2, 3]] * 4)
-    assert float(part._imbalance(even, chosen)) == pytest.approx(config.moe.top_k)
+    assert float(part._auxiliary(even.log(), even, chosen)) == pytest.approx(config.moe.aux_loss * config.moe.top_k)
+
+
+def test_biases_move_towards_balance():
+    """Experts with fewer tokens than their share gain, those with more lose; forwards without gradient do not count."""
+    part, _ = filled(MoE, ["model.moe.bias_rate=0.25", "model.moe.top_k=1"])
+    part.choose = lambda probabilities: torch.tensor([[[0], [0], [0], [1], [2], [2], [0], [0]]])
+    part(inputs(4).view(1, 8, 32))
+    with torch.no_grad():
+        part(inputs(4).view(1, 8, 32))
+    assert part.load.tolist() == [5, 1, 2, 0]
+    part.rebalance()
+    assert part.bias.tolist() == [-0.25, 0.25, 0.0, 0.25]
+    assert part.load.tolist() == [0] * 4
+
+
+def test_tied_embeddings_share_one_matrix():
+    model = build_model(tiny_config(["model.tied_embeddings=true"]).model, 0, torch.float64)
+    plain = build_model(tiny_config([]).model, 0, torch.float64)
+    assert "head.projection.weight" not in dict(model.named_parameters())
+    assert torch.equal(model.embedding.weight, plain.embedding.weight)
+    ids = torch.randint(0, 64, (1, 20), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        plain.head.projection.weight.copy_(plain.embedding.weight)
+    for each in (model, plain):
+        each(ids, ids).cross_entropy.backward()
+    both = plain.embedding.weight.grad + plain.head.projection.weight.grad
+    assert relative_error(model.embedding.weight.grad, both) <= 1e-12
 
 
 def test_tokens_do_not_see_what_comes_after():
@@ -128,7 +192,7 @@ def test_tokens_do_not_see_what_comes_after():
 def test_values_at_the_start():
     config = tiny_config(["model.d_model=256", "model.initializer_range=0.02"]).model
     model = build_model(config, 7)
-    mixer = model.layers[0].mixer
+    mixer = model.layers["0"].mixer
     decay, dt = mixer.ssm.A_log.detach().exp(), F.softplus(mixer.ssm.dt_bias.detach())
     assert float(decay.min()) >= 1
     assert float(decay.max()) <= 16
@@ -138,8 +202,10 @@ def test_values_at_the_start():
     assert float(dt.log().std()) > 0.8
     assert float(mixer.x_proj.weight.detach().std()) == pytest.approx(0.02, rel=0.03)
     assert float(mixer.out_proj.weight.detach().std()) == pytest.approx(0.02 / math.sqrt(8), rel=0.03)
-    assert float(model.layers[1].feed_forward.experts.down_proj.detach().std()) == pytest.approx(0.02 / math.sqrt(8), rel=0.03)
+    assert float(model.layers["1"].feed_forward.experts.stacked.down_proj.detach().std()) == pytest.approx(
+        0.02 / math.sqrt(8), rel=0.03
+    )
     assert bool((mixer.ssm.D == 1).all())
-    assert not torch.equal(model.layers[0].mixer.x_proj.weight, model.layers[1].mixer.x_proj.weight)
-    assert torch.equal(mixer.x_proj.weight, build_model(config, 7).layers[0].mixer.x_proj.weight)
-    assert not torch.equal(mixer.x_proj.weight, build_model(config, 8).layers[0].mixer.x_proj.weight)
+    assert not torch.equal(model.layers["0"].mixer.x_proj.weight, model.layers["1"].mixer.x_proj.weight)
+    assert torch.equal(mixer.x_proj.weight, build_model(config, 7).layers["0"].mixer.x_proj.weight)
+    assert not torch.equal(mixer.x_proj.weight, build_model(config, 8).layers["0"].mixer.x_proj.weight)

@@ -1,0 +1,94 @@
+"""FLOPs of a forward pass over one sequence, by layer, and the pipeline's stages that follow from them.
+
+What is counted are products of matrices and the short convolution, 2 FLOPs for a multiplication with its addition. Element-wise
+arithmetic (norms, gates, softmaxes, decays) is left out. Backward takes twice as many.
+"""
+
+import math
+from collections.abc import Callable
+
+from ..configs.pattern import LayerKinds
+from ..configs.schema import ModelConfig
+from ..parallel.cuts import balanced_cuts, given_cuts
+
+EMBEDDING_FLOPS = 0
+"""Rows are looked up, not multiplied."""
+
+
+def stage_layers(model: ModelConfig, stages: int, context: int) -> list[range]:
+    """The layers of each of a pipeline's stages: as the pattern cuts them; else so that the largest stage is the smallest.
+
+    A stage costs the FLOPs of its layers on a sequence of `context` tokens, with those of the embedding or the head.
+    Raises ValueError for more stages than layers. A single stage has all layers, whatever the pattern cuts.
+    """
+    if stages > 1 and model.cuts:
+        return given_cuts(model.cuts, len(model.layers))
+    costs = [layer_flops(model, kinds, context) for kinds in model.layers]
+    return balanced_cuts(costs, stages, EMBEDDING_FLOPS, head_flops(model, context))
+
+
+def layer_flops(model: ModelConfig, kinds: LayerKinds, context: int) -> int:
+    """Of a layer's mixer and feed-forward."""
+    return sum(FLOPS[kind](model, context) for kind in kinds if kind is not None)
+
+
+def head_flops(model: ModelConfig, context: int) -> int:
+    """Of the projection to the vocabulary."""
+    return _product(context, model.d_model, model.vocab_size)
+
+
+def mamba2_flops(model: ModelConfig, context: int) -> int:
+    """Projections, convolution, and the SSD scan in whole chunks (Dao and Gu, arXiv 2405.21060, section 6): linear in the context.
+
+    Of each chunk: C Bᵀ once for a group, its product with the inputs, the state that leaves, and what the entering state gives.
+    """
+    sizes, d, inner = model.mamba2, model.d_model, model.inner
+    heads, shared = inner // sizes.head_dim, 2 * sizes.groups * sizes.state_dim
+    projections = _product(context, d, 2 * inner + shared + heads) + _product(context, inner, d)
+    convolution = _product(context, sizes.conv_width, inner + shared)
+    padded = math.ceil(context / sizes.chunk_size) * sizes.chunk_size
+    scores = _product(padded, sizes.groups * sizes.state_dim, sizes.chunk_size)
+    inside = _product(padded, sizes.chunk_size, inner)
+    states = 2 * _product(padded, sizes.state_dim, inner)
+    return projections + convolution + scores + inside + states
+
+
+def attention_flops(model: ModelConfig, context: int) -> int:
+    """Projections; scores and weighted values of a token with itself and each before it: quadratic in the context.
+
+    Of one document: packed ones see fewer tokens.
+    """
+    sizes = model.attention
+    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    projections = _product(context, model.d_model, 2 * queries + 2 * keys)
+    pairs = context * (context + 1) // 2
+    return projections + 2 * _product(pairs, queries, 1)
+
+
+def mlp_flops(model: ModelConfig, context: int) -> int:
+    """The three matrices of a SwiGLU."""
+    return _swiglu(context, model.d_model, model.mlp.hidden)
+
+
+def moe_flops(model: ModelConfig, context: int) -> int:
+    """The router, the top_k experts of each token, none of them dropped, and the expert that all tokens share."""
+    sizes = model.moe
+    active = sizes.top_k * sizes.hidden + sizes.shared_hidden
+    return _product(context, model.d_model, sizes.experts) + _swiglu(context, model.d_model, active)
+
+
+FLOPS: dict[str, Callable[[ModelConfig, int], int]] = {
+    "mamba2": mamba2_flops,
+    "attention": attention_flops,
+    "mlp": mlp_flops,
+    "moe": moe_flops,
+}
+
+
+def _swiglu(tokens: int, d: int, hidden: int) -> int:
+    return 3 * _product(tokens, d, hidden)
+
+
+def _product(rows: int, inner: int, columns: int) -> int:
+    """A matrix [rows, inner] times one [inner, columns]."""
+    return 2 * rows * inner * columns

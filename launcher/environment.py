@@ -1,6 +1,7 @@
 """The process around a command: devices, process group, worker processes, and how errors leave them."""
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -156,9 +157,13 @@ def choose_processes(asked: str, config: Config) -> int:
         if not asked.isdigit() or int(asked) < 1:
             raise UserError(f"--nproc is {asked!r}, allowed: auto, or 1 and more")
         return int(asked)
-    sizes = [config.parallel.tp, config.parallel.cp, config.parallel.dp]
-    named = torch.Size([size for size in sizes if size != "auto"]).numel()
-    preferred = range(torch.cuda.device_count(), 0, -1) if torch.cuda.is_available() else (max(named, 2), named)
+    parallel = config.parallel
+    named = math.prod(degree for degree in (parallel.tp, parallel.pp, parallel.cp, parallel.dp) if degree != "auto")
+    if torch.cuda.is_available():
+        preferred = [*range(torch.cuda.device_count(), 0, -1)]
+    else:
+        # What is open may have to make room for experts and copies.
+        preferred = [max(named, 2), *range(named, named * parallel.ep * parallel.replicate + 1, named)]
     return next((n for n in preferred if _fits(config, n)), named)
 
 

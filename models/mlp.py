@@ -21,4 +21,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, l, d] -> [b, l, d]."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """[b, l, d] -> [b, l, hidden], what `down_proj` takes."""
+        return swiglu(self.gate_proj(x), self.up_proj(x))

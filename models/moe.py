@@ -33,7 +33,7 @@ class MoE(nn.Module):
         super().__init__()
         sizes = self.sizes = config.moe
         self.router = Router(config.d_model, sizes.experts)
-        self.experts = Experts(config)
+        self.experts = Experts(config.d_model, sizes)
         self.register_buffer("load", torch.zeros(sizes.experts), persistent=False)
         self.register_buffer("bias", torch.zeros(sizes.experts) if sizes.bias_rate else None)
         self.sum_over_tokens: Callable[[Tensor], Tensor] | None = None
@@ -126,9 +126,8 @@ class Experts(nn.Module):
     }
     token_args: ClassVar[int] = 3
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, d: int, sizes: MoEConfig) -> None:
         super().__init__()
-        sizes, d = config.moe, config.d_model
         self.count, self.capacity = sizes.experts, sizes.capacity
         self.stacked = StackedExperts(sizes.experts, d, sizes.hidden)
         self.shared = MLP(d, sizes.shared_hidden) if sizes.shared_hidden else None
@@ -144,20 +143,28 @@ class Experts(nn.Module):
         rows = permute(x.flatten(0, 1), routing)[:kept]
         row_weights = weights.flatten().index_select(0, routing.order[:kept])
         if self.exchange is None:
-            y, shared = self.stacked(rows, row_weights, counts), self._compute_shared(x)
+            y, shared = self.stacked(rows, row_weights, counts), None if self.shared is None else self.shared(x)
         else:
-            dispatch = self.exchange.start(rows, row_weights, counts)
-            shared = self._compute_shared(x)
-            y = dispatch.send_back(self.stacked(*dispatch.wait())).wait()
+            y, shared = self._on_other_ranks(self.exchange, rows, row_weights, counts, x)
         if len(y) < len(routing.order):
             y = F.pad(y, (0, 0, 0, len(routing.order) - len(y)))
         y = unpermute(y, routing).view_as(x)
         return y if shared is None else y + shared
 
+    def _on_other_ranks(
+        self, exchange: ExpertExchange, rows: Tensor, weights: Tensor, counts: Tensor, x: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The rows' outputs, and the shared expert's, each half of which is computed while rows are on their way."""
+        dispatch = exchange.start(rows, weights, counts)
+        hidden = None if self.shared is None else self.shared.hidden(x)
+        returning = dispatch.send_back(self.stacked(*dispatch.wait()))
+        shared = None if self.shared is None else self.shared.down_proj(hidden)
+        return returning.wait(), shared
+
     def _route(self, chosen: Tensor) -> tuple[Routing, Tensor, int | None]:
         """Chosen experts [b, l, k] -> routing; the rows of each expert [E]; how many rows are not dropped, None: all.
 
-        Tokens beyond the capacity go to an expert that does not exist, after all others.
+        Tokens beyond the capacity go to an expert that does not exist, after all others; the host waits for how many there are.
         """
         sequences, chosen = len(chosen), chosen.flatten(0, 1)
         if self.capacity is None:
@@ -168,9 +175,6 @@ class Experts(nn.Module):
         routing = route(chosen.where(kept, self.count), self.count + 1)
         counts = routing.counts[:-1]
         return routing, counts, int(counts.sum())
-
-    def _compute_shared(self, x: Tensor) -> Tensor | None:
-        return None if self.shared is None else self.shared(x)
 
 
 class StackedExperts(nn.Module):

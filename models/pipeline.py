@@ -86,15 +86,16 @@ class Pipeline:
     def _schedule(self, micro_steps: int, shape: torch.Size) -> Schedule1F1B | ScheduleInterleaved1F1B:
         """With the shapes of what travels given: torch finds them out by a forward pass otherwise, collectives and all."""
         if (micro_steps, shape) not in self._schedules:
-            loss = Losses(*(torch.empty((), device="meta") for _ in Losses._fields))
+            carried = self._carried(shape)
+            losses = (carried[1].new_empty(()),) * len(Losses._fields)
             stages = [
                 PipelineStage(
                     module,
                     number,
                     self.count,
                     self.device,
-                    input_args=() if number == 0 else self._carried(shape),
-                    output_args=loss if number == self.count - 1 else self._carried(shape),
+                    input_args=() if number == 0 else carried,
+                    output_args=losses if number == self.count - 1 else carried,
                     group=self.group,
                 )
                 for number, module in zip(self.numbers, self.modules, strict=True)

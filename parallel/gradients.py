@@ -1,5 +1,6 @@
 """Norms and clipping of gradients that are sharded over a mesh."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -18,19 +19,21 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
 
     Works across different meshes: each rank adds up its parts, counting a replicated one by its share, then one all-reduce.
     """
-    total = None
-    for gradient in gradients:
-        copies = 1
-        if isinstance(gradient, DTensor):
-            mesh = gradient.device_mesh
-            sizes = [mesh.size(i) for i, placement in enumerate(gradient.placements) if isinstance(placement, Replicate)]
-            copies = torch.Size(sizes).numel()
-        part = local_part(gradient).double().square().sum() / copies
-        total = part if total is None else total + part
-    if total is None:
+    parts = [_square_sum(gradient) for gradient in gradients]
+    if not parts:
         raise ValueError("total_norm: no gradients")
+    total = torch.stack(parts).sum()
     dist.all_reduce(total)
     return total.sqrt()
+
+
+def _square_sum(gradient: Tensor) -> Tensor:
+    """Of this rank's part, by its share where others hold the same."""
+    copies = 1
+    if isinstance(gradient, DTensor):
+        mesh = gradient.device_mesh
+        copies = math.prod(mesh.size(i) for i, placement in enumerate(gradient.placements) if isinstance(placement, Replicate))
+    return torch.linalg.vector_norm(local_part(gradient), dtype=torch.float64).square() / copies
 
 
 def clip(gradients: Iterable[Tensor], norm: Tensor, largest: float) -> None:

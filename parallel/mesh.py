@@ -63,7 +63,12 @@ class Mesh:
         return self.neighbours[size]
 
     def pipeline_ends(self) -> dist.ProcessGroup | None:
-        """This rank's group of the first and last rank of its pipeline; None on ranks between. All ranks must call it."""
+        """This rank's group of the first and last rank of its pipeline; None on ranks between. All ranks must call it.
+
+        Raises ValueError without a pipeline, whose first rank is its last.
+        """
+        if self.size("pp") == 1:
+            raise ValueError("pipeline_ends: pp is 1, allowed: 2 and more")
         ends = self.ranks[:, [0, -1]].movedim(1, -1).reshape(-1, 2).tolist()
         group, _ = dist.new_subgroups_by_enumeration(ends)
         if group is not None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...configs.schema import MoEConfig
 from ...kernels.conv import causal_conv
 from ...kernels.cross_entropy import projected_cross_entropy_sum
 from ...kernels.norm import add_rms_norm, gated_group_rms_norm, rms_norm
@@ -208,15 +209,15 @@ class MoE(Case):
         return [x, weights, chosen, *[matrix.mul_(self.channels**-0.5) for matrix in matrices]]
 
     def call(self, *operands: Any) -> tuple[Tensor, ...]:
-        """y [l, d]."""
+        """y [1, l, d]."""
         x, weights, chosen, *matrices = operands
-        named = dict(zip(("gate_proj", "up_proj", "down_proj"), matrices, strict=True))
-        return (torch.func.functional_call(self._layer, named, (x, weights, chosen)),)
+        named = {f"stacked.{name}_proj": matrix for name, matrix in zip(("gate", "up", "down"), matrices, strict=True)}
+        return (torch.func.functional_call(self._layer, named, (x[None], weights[None], chosen[None])),)
 
     @cached_property
     def _layer(self) -> Experts:
         with torch.device("meta"):
-            return Experts(self.experts, self.channels, self.hidden)
+            return Experts(self.channels, MoEConfig(experts=self.experts, top_k=self.chosen, hidden=self.hidden))
 
 
 CASES: dict[str, type[Case]] = {

@@ -299,9 +299,9 @@ def _moe(case: Any) -> Costs:
         place_kernel number hits ends number number
         aten::sum hits counts
         spread_kernel x number rows
-        linear_kernel rows matrix counts hidden
-        linear_kernel rows matrix counts hidden
         aten::index_select weights number weights
+        linear_kernel rows matrix counts hidden
+        linear_kernel rows matrix counts hidden
         forward_kernel hidden hidden weights hidden
         linear_kernel hidden matrix counts rows
         gather_kernel rows number x
@@ -315,10 +315,10 @@ def _moe(case: Any) -> Costs:
         linear_kernel rows matrix counts hidden
         weight_gradient_kernel rows hidden counts matrix
         backward_kernel hidden hidden hidden weights hidden hidden weights
-        aten::new_zeros weights
-        aten::index_add weights weights number weights
         {2 * linear_grads}
         aten::add rows rows rows
+        aten::new_zeros weights
+        aten::index_add weights weights number weights
         gather_kernel rows number x
     """
     product = 2 * pairs * case.channels * case.hidden

@@ -1,7 +1,6 @@
 """Which tokens a rank sees at which step: a function of the position in the data, so that a run resumes where it stopped."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,18 +10,10 @@ from ...configs.errors import UserError
 from ...configs.schema import Config
 from ...kernels.cross_entropy import IGNORED
 from ...kernels.documents import Documents
+from ...models.hybrid import MicroStep
 from ...parallel.layout import Layout
 from ...parallel.mesh import Mesh
 from .token_files import TokenStream
-
-
-class Batch(NamedTuple):
-    """One micro-step's tokens of this rank: all int64, on its device."""
-
-    ids: Tensor  # [b, l]
-    labels: Tensor  # [b, l], the next token of each, also across the ends of segments; IGNORED at the end of a packed document
-    positions: Tensor  # [l] in the whole sequence
-    documents: Documents | None  # where data.documents is packed
 
 
 class Samples:
@@ -66,23 +57,23 @@ class Loader:
         self.layout = Layout(config.parallel.layout, mesh.size("cp"))
         self.positions = self.layout.positions(mesh.rank("cp"), samples.context).to(device)
 
-    def step(self, consumed: int) -> Iterator[Batch]:
+    def step(self, consumed: int) -> Iterator[MicroStep]:
         """The micro-steps of the step that begins at sample `consumed`."""
         per_micro_step = self.batch.sequences // self.batch.micro_steps
         own = per_micro_step // self.mesh.size("dp")
         for micro_step in range(self.batch.micro_steps):
             first = consumed + micro_step * per_micro_step + self.mesh.rank("dp") * own
-            yield self._batch(range(first, first + own))
+            yield self._read(range(first, first + own))
 
-    def first(self, count: int) -> Iterator[Batch]:
+    def first(self, count: int) -> Iterator[MicroStep]:
         """The first `count` samples, one for each dp rank at a time; ranks without one get labels that count nothing."""
         dp = self.mesh.size("dp")
         for start in range(0, count, dp):
             place = start + self.mesh.rank("dp")
-            batch = self._batch([min(place, count - 1)])
-            yield batch if place < count else batch._replace(labels=torch.full_like(batch.labels, IGNORED))
+            micro_step = self._read([min(place, count - 1)])
+            yield micro_step if place < count else micro_step._replace(labels=torch.full_like(micro_step.ids, IGNORED))
 
-    def _batch(self, places: Sequence[int]) -> Batch:
+    def _read(self, places: Sequence[int]) -> MicroStep:
         tokens = torch.stack([self.samples[place] for place in places])
         if int(tokens.max()) >= self.vocab_size:
             raise UserError(f"{self.samples.stream.name} has token {int(tokens.max())}, model.vocab_size is {self.vocab_size}")
@@ -92,7 +83,7 @@ class Loader:
             cu_seqlens = [self.samples.cu_seqlens(place) for place in places]
             documents = pack(labels, cu_seqlens, self.layout, self.mesh.rank("cp"), self.device)
         ids, labels = (self.layout.shard(t, self.mesh.rank("cp")).to(self.device) for t in (ids, labels))
-        return Batch(ids, labels, self.positions, documents)
+        return MicroStep(ids, labels, self.positions, documents)
 
 
 def pack(labels: Tensor, cu_seqlens: list[list[int]], layout: Layout, rank: int, device: torch.device) -> Documents:

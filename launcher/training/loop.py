@@ -2,28 +2,26 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 
 from ...configs.errors import UserError
 from ...configs.schema import Config
 from ...kernels.cross_entropy import IGNORED
-from ...models.hybrid import HybridModel, Losses
-from ...models.parallelize import build_sharded_model
-from ...parallel.gradients import clip, local_part, total_norm
+from ...models.hybrid import Losses, MicroStep
+from ...models.stages import Stages, build_stages
+from ...parallel.gradients import clip, total_norm
 from ...parallel.mesh import Mesh, build_mesh
-from ..environment import Environment, installed
+from ..environment import Environment
 from .checkpoint import Checkpointer
-from .data import Batch, Loader, Samples
-from .metrics import Reporter, plot_losses, read_metrics
-from .optimizer import build_optimizer, learning_rate
+from .data import Loader, Samples
+from .description import count_parameters, describe_mesh, describe_pipeline, summarize
+from .diagnosis import anywhere, first_bad_gradient, first_bad_output, not_finite
+from .metrics import Reporter
+from .optimizer import build_optimizer, implementation, learning_rate
 from .profile import WARM_UP, check_profile_folder, profiled
 from .run_folder import check_run_folder, checkpoint_folder, checkpoints
 from .sample import continue_greedily
@@ -42,13 +40,15 @@ class Trainer:
         self.tokenizer = read_tokenizer(config)
         self.train_data = self._loader("train", config.seed)
         self.validation_data = self._loader("validation", None)
-        self.model: HybridModel = build_sharded_model(config, self.mesh, environment.device)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.checkpointer = Checkpointer(config, self.model, self.optimizer)
+        self.stages: Stages = build_stages(config, self.mesh, environment.device)
+        self.optimizer = build_optimizer(self.stages.parameters(), config.optimizer)
+        self.checkpointer = Checkpointer(config, self.stages, self.optimizer)
         self.done = 0
         """Optimizer steps taken."""
         self.consumed = 0
         """Training samples seen."""
+        self.loads: dict[str, Tensor] = {}
+        """How many tokens chose each expert in the last step, [E] for each MoE layer here."""
 
     def _loader(self, split: str, seed: int | None) -> Loader:
         samples = Samples(TokenStream(self.config.data.folder, split), self.config.data.context, seed)
@@ -57,21 +57,22 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One optimizer step -> its metrics. Raises UserError, the parameters untouched, when something is not finite."""
         started = time.perf_counter()
-        batches = list(self.train_data.step(self.consumed))
-        tokens = self._over_data(torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum())
-        losses = self._accumulate_gradients(batches, tokens)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = total_norm(gradients)
-        cross_entropy = self._over_data(losses[0]) / tokens
-        auxiliary = losses[1] / len(batches)
+        micro_steps = list(self.train_data.step(self.consumed))
+        tokens = self._sum(torch.stack([_labelled(micro_step) for micro_step in micro_steps]).sum(), "dp_cp")
+        losses = self.stages.forward_backward(micro_steps, tokens)
+        norm = total_norm(self.stages.gradients())
+        cross_entropy = self._sum(losses.cross_entropy, "dp_cp") / tokens
+        auxiliary = losses.auxiliary / len(micro_steps)
         if not math.isfinite(float(norm)) or not math.isfinite(float(cross_entropy)):
-            self._stop_not_finite(float(cross_entropy), batches)
-        clip(gradients, norm, self.config.optimizer.clip)
+            self._stop_not_finite(float(cross_entropy), micro_steps)
+        # Also the copy of a tied embedding, which the norm counts once.
+        clip((p.grad for p in self.stages.parameters() if p.grad is not None), norm, self.config.optimizer.clip)
         rate = learning_rate(self.done, self.config.optimizer.lr, self.config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self._rebalance_experts()
         self.done += 1
         self.consumed += self.config.batch.sequences
         return {
@@ -82,27 +83,29 @@ class Trainer:
             "tokens_per_second": float(tokens) / (time.perf_counter() - started),
         }
 
-    def _accumulate_gradients(self, batches: list[Batch], tokens: Tensor) -> Tensor:
-        """Forward and backward of every micro-step -> [cross entropy summed over this rank's tokens, auxiliary losses]."""
-        assert isinstance(self.model, FSDPModule)
-        totals = torch.zeros(2, dtype=torch.float64, device=self.environment.device)
-        for i, batch in enumerate(batches):
-            self.model.set_requires_gradient_sync(i == len(batches) - 1)
-            losses = self.model(*batch)
-            assert isinstance(losses, Losses)
-            (losses.cross_entropy / tokens + losses.auxiliary / len(batches)).backward()
-            totals += torch.stack([losses.cross_entropy.detach(), losses.auxiliary.detach()])
-        return totals
+    def _rebalance_experts(self) -> None:
+        for name, moe in self.stages.named_moes():
+            self.loads[name.removesuffix(".feed_forward")] = moe.load.clone()
+            moe.rebalance()
+
+    def expert_tokens(self) -> dict[str, list[int]]:
+        """How many tokens chose each expert in the last step, by layer of the whole model; all ranks call it and get the same."""
+        model = self.config.model
+        names = [f"layers.{i}" for i, layer in enumerate(model.layers) if layer.feed_forward == "moe"]
+        counts = torch.zeros(len(names), model.moe.experts, dtype=torch.int64, device=self.environment.device)
+        for name, load in self.loads.items():
+            counts[names.index(name)] = load.long()
+        return dict(zip(names, self._sum(counts, "pp").tolist(), strict=True))
 
     @torch.no_grad()
     def validate(self) -> float:
         """Cross entropy per token over the first evaluation.sequences samples of the validation split, or all it has."""
         totals = torch.zeros(2, dtype=torch.float64, device=self.environment.device)
-        for batch in self.validation_data.first(min(self.config.evaluation.sequences, self.validation_data.samples.count)):
-            losses = self.model(*batch)
-            assert isinstance(losses, Losses)
-            totals += torch.stack([losses.cross_entropy, (batch.labels != IGNORED).sum()])
-        cross_entropy, tokens = self._over_data(totals)
+        for micro_step in self.validation_data.first(min(self.config.evaluation.sequences, self.validation_data.samples.count)):
+            losses = self.stages.forward(micro_step)
+            if isinstance(losses, Losses):
+                totals += torch.stack([losses.cross_entropy, _labelled(micro_step)])
+        cross_entropy, tokens = self._sum(totals, "pp_dp_cp")
         return float(cross_entropy / tokens)
 
     def save(self) -> Path:
@@ -116,83 +119,45 @@ class Trainer:
 
     def continue_prompt(self) -> str:
         """A prompt and what the model thinks follows."""
-        layout, device = self.train_data.layout, self.environment.device
         ids = self.tokenizer.encode(PROMPT, add_special_tokens=False).ids
         count = self.config.logging.sample_tokens
-        return PROMPT + self.tokenizer.decode(continue_greedily(self.model, ids, count, layout, self.mesh, device))
+        return PROMPT + self.tokenizer.decode(continue_greedily(self.stages, ids, count))
 
-    def _over_data(self, tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor, group=self.mesh.group("dp_cp"))
+    def describe(self) -> str:
+        """What runs, where and how, in a line."""
+        config, stages = self.config, self.stages
+        text = f"{config.model.pattern * config.model.repeat}: {count_parameters(config.model) / 1e6:.2f} M parameters on "
+        text += f"{self.environment.world} ranks ({describe_mesh(config, self.mesh)}, {self.environment.device.type}), "
+        text += f"{config.data.context} tokens of context, {config.precision}, AdamW by {implementation(self.optimizer)}"
+        if config.parallel.pp > 1:
+            text += f"; {describe_pipeline(config)}"
+        if stages.strategies:
+            text += f"; states pass by {stages.strategies.exchange}, attention by {stages.strategies.attention}"
+        return text + (f"; goes on after step {self.done}" if self.done else "")
+
+    def _sum(self, tensor: Tensor, axis: str) -> Tensor:
+        dist.all_reduce(tensor, group=self.mesh.group(axis))
         return tensor
 
-    def _stop_not_finite(self, loss: float, batches: list[Batch]) -> None:
+    def _stop_not_finite(self, loss: float, micro_steps: list[MicroStep]) -> None:
         """Saves the state from before the step, unless it is damaged itself, and says where the first bad value arises."""
-        where = self._first_bad_output(batches) or self._first_bad_gradient()
+        where = first_bad_output(self.stages, micro_steps) or first_bad_gradient(self.stages)
         self.optimizer.zero_grad()
+        self.checkpointer.finish()
         saved = checkpoint_folder(self.config.run, self.done).exists()
-        if self.done > 0 and not any(self._anywhere([saved, _not_finite(self.model.parameters())])):
+        damaged = not_finite(self.stages.parameters())
+        if self.done > 0 and not any(anywhere([saved, damaged], self.environment.device)):
             self.save()
+            self.checkpointer.finish()
         good = checkpoints(self.config.run)
         kept = f"{good[-1]} has the state before" if good else "no checkpoint was written before"
         raise UserError(f"step {self.done + 1}: the loss is {loss}: not finite first in {where}; {kept}")
 
-    @torch.no_grad()
-    def _first_bad_output(self, batches: list[Batch]) -> str | None:
-        """The first part, in order of the forward, whose output is not finite on some rank."""
-        names = [name for name, _ in _named_parts(self.model)]
-        with _watching(self.model) as bad:
-            for batch in batches:
-                self.model(*batch)
-        flags = self._anywhere([name in bad for name in names])
-        return next((f"the output of {name}" for name, flag in zip(names, flags, strict=True) if flag), None)
 
-    def _first_bad_gradient(self) -> str:
-        """The parameter group, in order of the backward, whose gradient is not finite on some rank."""
-        parts = list(_named_parts(self.model))[::-1]
-        flags = self._anywhere([_not_finite(p.grad for p in module.parameters()) for _, module in parts])
-        return next(f"the gradients of {name}" for (name, _), flag in zip(parts, flags, strict=True) if flag)
-
-    def _anywhere(self, flags: list[bool]) -> list[bool]:
-        """Which of the flags are set on some rank."""
-        set_ = torch.tensor(flags, dtype=torch.float32, device=self.environment.device)
-        dist.all_reduce(set_, dist.ReduceOp.MAX)
-        return [bool(flag) for flag in set_.tolist()]
-
-
-def _not_finite(tensors: Iterable[Tensor | None]) -> bool:
-    return any(not bool(local_part(tensor).isfinite().all()) for tensor in tensors if tensor is not None)
-
-
-def _named_parts(model: HybridModel) -> Iterator[tuple[str, nn.Module]]:
-    """The parameter groups that an error names, in order of the forward; together they have every parameter."""
-    yield "embedding", model.embedding
-    for i, layer in enumerate(model.layers):
-        yield f"layers.{i}.mixer_norm", layer.mixer_norm
-        yield f"layers.{i}.mixer ({layer.kinds.mixer})", layer.mixer
-        if layer.kinds.feed_forward:
-            yield f"layers.{i}.feed_forward_norm", layer.feed_forward_norm
-            yield f"layers.{i}.feed_forward ({layer.kinds.feed_forward})", layer.feed_forward
-    yield "head", model.head
-
-
-@contextmanager
-def _watching(model: HybridModel) -> Iterator[set[str]]:
-    """Collects the names of the parts whose output is not finite."""
-    bad: set[str] = set()
-
-    def watch(name: str) -> Any:
-        def look(module: nn.Module, args: Any, output: Any) -> None:
-            if _not_finite(output if isinstance(output, tuple) else (output,)):
-                bad.add(name)
-
-        return look
-
-    handles = [module.register_forward_hook(watch(name)) for name, module in _named_parts(model)]
-    try:
-        yield bad
-    finally:
-        for handle in handles:
-            handle.remove()
+def _labelled(micro_step: MicroStep) -> Tensor:
+    """How many of the micro-step's tokens here have a label, a scalar."""
+    assert micro_step.labels is not None
+    return (micro_step.labels != IGNORED).sum()
 
 
 def run_training(config: Config, environment: Environment, resume: bool, stop_at: int | None, profile: Path | None = None) -> None:
@@ -217,12 +182,12 @@ def run_training(config: Config, environment: Environment, resume: bool, stop_at
     reporter = Reporter(config, trainer.done) if environment.leads else None
     try:
         if reporter:
-            reporter.say(_describe(trainer))
+            reporter.say(trainer.describe())
         _train(trainer, last, reporter, profile)
         sample = trainer.continue_prompt() if config.logging.sample_tokens else None
         if reporter:
             reporter.progress.stop()
-            reporter.say(_summary(trainer, sample))
+            reporter.say(summarize(config, trainer.done, trainer.consumed, sample))
     finally:
         if reporter:
             reporter.close()
@@ -241,13 +206,20 @@ def _train(trainer: Trainer, last: int, reporter: Reporter | None, profile: Path
             metrics = trainer.step()
         if reporter:
             reporter.show(trainer.done, metrics)
-            if trainer.done % config.logging.every == 0:
-                reporter.write(trainer.done, metrics)
+        if trainer.done % config.logging.every == 0:
+            _record_step(trainer, metrics, reporter)
         ends = trainer.done == last
         if ends or trainer.done % config.evaluation.every == 0:
             _record_validation(trainer, reporter)
         if ends or trainer.done % config.checkpoint.every == 0:
             trainer.save()
+    trainer.checkpointer.finish()
+
+
+def _record_step(trainer: Trainer, metrics: dict[str, float], reporter: Reporter | None) -> None:
+    expert_tokens = trainer.expert_tokens()
+    if reporter:
+        reporter.write(trainer.done, metrics, expert_tokens)
 
 
 def _record_validation(trainer: Trainer, reporter: Reporter | None) -> None:
@@ -255,35 +227,3 @@ def _record_validation(trainer: Trainer, reporter: Reporter | None) -> None:
     if reporter:
         reporter.write(trainer.done, {"validation_loss": loss})
         reporter.say(f"validation loss {loss:.4f} after step {trainer.done}")
-
-
-def _describe(trainer: Trainer) -> str:
-    config, parallel = trainer.config, trainer.config.parallel
-    count = sum(p.numel() for p in trainer.model.parameters())
-    axes = " x ".join(f"{axis} {trainer.mesh.size(axis)}" for axis in ("dp", "cp", "tp"))
-    where = f"{trainer.environment.world} ranks ({axes}, {parallel.layout}, {trainer.environment.device.type})"
-    text = f"{config.model.pattern * config.model.repeat}: {count / 1e6:.2f} M parameters on {where}, "
-    text += f"{config.data.context} tokens of context, {config.precision}"
-    if chosen := trainer.model.strategies:
-        text += f"; states pass by {chosen.exchange}, attention by {chosen.attention}"
-    return text + (f"; goes on after step {trainer.done}" if trainer.done else "")
-
-
-def _summary(trainer: Trainer, sample: str | None) -> str:
-    config, run = trainer.config, trainer.config.run
-    losses = [line["validation_loss"] for line in read_metrics(run) if "validation_loss" in line]
-    ends = [(losses[0], losses[-1])] if losses else []
-    more = f" schedule.steps={2 * config.schedule.steps}" if trainer.done >= config.schedule.steps else ""
-    lines = [
-        "",
-        f"Trained {trainer.done} of {config.schedule.steps} steps, {trainer.consumed * config.data.context:,} tokens.",
-        *(f"Validation loss {first:.3f} -> {last:.3f} ({last / first:.0%} of the untrained model's)." for first, last in ends),
-        f"  checkpoint   {checkpoint_folder(run, trainer.done)}",
-        f"  loss curve   {plot_losses(run)}",
-        f"  metrics      {run}/metrics.jsonl",
-        f"  TensorBoard  {installed('tensorboard')} --logdir {run}/tensorboard",
-        f"  go on        {installed('baton')} train {run}/config.yaml --resume{more}",
-    ]
-    if sample:
-        lines += ["A continuation (greedy):", *(f"  | {line}" for line in sample.splitlines())]
-    return "\n".join(lines)

@@ -1,10 +1,12 @@
 """What a run reports while it goes: metrics.jsonl, TensorBoard, a progress line, and at the end the loss curve."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
@@ -14,6 +16,8 @@ from ...configs.schema import Config
 
 LINES = 20
 """A run whose output is no terminal prints about this many lines instead of a progress line."""
+COLUMNS = 400
+"""Columns at most in which the plot of the experts shows steps."""
 
 
 class Reporter:
@@ -48,10 +52,17 @@ class Reporter:
         self.task = self.progress.add_task("step", total=steps, completed=first_step, text="")
         self.progress.start()
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and the same to TensorBoard; steps count from 1."""
-        self.stream.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
+    def write(self, step: int, values: dict[str, float], expert_tokens: dict[str, list[int]] | None = None) -> None:
+        """One line of metrics.jsonl, and the same to TensorBoard; steps count from 1.
+
+        expert_tokens, how many tokens chose each expert, by layer, are for TensorBoard the largest over the mean.
+        """
+        line = {"step": step, **values} | ({"expert_tokens": expert_tokens} if expert_tokens else {})
+        self.stream.write(json.dumps(line) + "\n")
+        imbalance = {
+            f"imbalance/{layer}": max(counts) * len(counts) / sum(counts) for layer, counts in (expert_tokens or {}).items()
+        }
+        for name, value in (values | imbalance).items():
             self.events.add_scalar(name, value, step)
 
     def show(self, step: int, values: dict[str, float]) -> None:
@@ -85,11 +96,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def plot_losses(run: Path) -> Path:
     """Draws metrics.jsonl's training and validation loss to loss.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     lines = read_metrics(run)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
@@ -101,9 +108,60 @@ def plot_losses(run: Path) -> Path:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    path = run / "loss.png"
+    return _save(figure, run / "loss.png")
+
+
+def plot_experts(run: Path) -> Path | None:
+    """Draws each expert's share of the tokens over the steps to experts.png, a panel a layer; None for a model without experts."""
+    lines = [line for line in read_metrics(run) if "expert_tokens" in line]
+    if not lines:
+        return None
+    pyplot = _pyplot()
+    from matplotlib.colors import TwoSlopeNorm
+
+    steps = [line["step"] for line in lines]
+    # [layers, steps, experts], in units of what every expert has in perfect balance.
+    shares = {layer: _relative_shares([line["expert_tokens"][layer] for line in lines]) for layer in lines[0]["expert_tokens"]}
+    columns = math.ceil(math.sqrt(len(shares) / 2))
+    rows = math.ceil(len(shares) / columns)
+    figure, panels = pyplot.subplots(
+        rows, columns, figsize=(8 * columns, 2.2 * rows + 0.6), dpi=120, sharex=True, squeeze=False, layout="constrained"
+    )
+    norm = TwoSlopeNorm(1.0, 0.0, max(2.0, *(share.max() for share in shares.values())))
+    for panel, (layer, share) in zip(panels.flat, shares.items(), strict=False):
+        edges = np.linspace(steps[0] - 0.5, steps[-1] + 0.5, len(share) + 1)
+        image = panel.pcolormesh(edges, np.arange(share.shape[1] + 1) - 0.5, share.T, norm=norm, cmap="RdBu_r")
+        panel.set(ylabel="expert", title=layer)
+        panel.yaxis.get_major_locator().set_params(integer=True)
+    for panel in panels.flat[len(shares) :]:
+        panel.set_axis_off()
+    for panel in panels[-1]:
+        panel.set_xlabel("step")
+    figure.colorbar(image, ax=panels, label="share of tokens / even share")
+    figure.suptitle(f"{run.name}: tokens by expert")
+    return _save(figure, run / "experts.png")
+
+
+def _relative_shares(counts: list[list[int]]) -> np.ndarray:
+    """Counts of each step and expert -> [at most COLUMNS, experts]: over runs of steps, relative to an even share."""
+    parts = np.array_split(np.array(counts, dtype=float), min(len(counts), COLUMNS))
+    sums = np.stack([part.sum(0) for part in parts])
+    return sums / sums.mean(1, keepdims=True)
+
+
+def _pyplot() -> Any:
+    """matplotlib where there is no screen; it is imported only when something is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> Path:
     figure.savefig(path)
-    pyplot.close(figure)
+    _pyplot().close(figure)
     return path
 
 

@@ -1,19 +1,106 @@
-"""AdamW over sharded parameters, and the learning rate as a function of the step."""
+"""AdamW over sharded parameters, by torch or by apex, and the learning rate as a function of the step."""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
+from ...configs.errors import UserError
 from ...configs.schema import OptimizerConfig, ScheduleConfig
+from ...parallel.gradients import local_part
+
+Groups = list[dict[str, Any]]
+
+MISSING = (
+    "NVIDIA's apex with its CUDA extensions is not installed (git clone https://github.com/NVIDIA/apex; in it APEX_CPP_EXT=1 "
+    "APEX_CUDA_EXT=1 pip install --no-build-isolation . builds it; apex on PyPI is another project)"
+)
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """torch's fused AdamW; vectors (norms, biases, A_log, D, dt_bias) are not decayed."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW; vectors (norms, biases, A_log, D, dt_bias) are not decayed.
+
+    torch's fused one, or apex's where the config asks for it or, where that can run, leaves it open. Raises UserError where apex is
+    asked for and cannot run.
+    """
+    parameters = list(parameters)
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim <= 1]
+    groups: Groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    obstacle = None if config.implementation == "torch" else _obstacle(parameters)
+    if config.implementation == "apex" and obstacle:
+        raise UserError(f"optimizer.implementation is apex, and {obstacle}; allowed: torch, auto")
+    if config.implementation == "torch" or obstacle:
+        return torch.optim.AdamW(groups, fused=True, **options)
+    return ApexAdamW(groups, find_apex(), **options)
+
+
+def implementation(optimizer: torch.optim.Optimizer) -> str:
+    """The config's name for what `build_optimizer` took."""
+    return "apex" if isinstance(optimizer, ApexAdamW) else "torch"
+
+
+def find_apex() -> Any:
+    """apex's FusedAdam; None where apex is missing, is PyPI's project of that name, or was built without CUDA extensions."""
+    try:
+        from apex.multi_tensor_apply import multi_tensor_applier
+        from apex.optimizers import FusedAdam
+    except ImportError:
+        return None
+    return FusedAdam if multi_tensor_applier.available else None
+
+
+def _obstacle(parameters: list[nn.Parameter]) -> str | None:
+    """Why apex cannot step these parameters."""
+    if not all(p.is_cuda for p in parameters):
+        return "its FusedAdam runs on GPUs alone"
+    if any(p.dtype == torch.float64 for p in parameters):
+        return "its FusedAdam does not compute in precision fp64"
+    return None if find_apex() else MISSING
+
+
+class ApexAdamW(torch.optim.Optimizer):
+    """apex's FusedAdam on this rank's shards of DTensors, for it takes plain tensors alone.
+
+    `param_groups` and `state` are those of the DTensors, with what torch's AdamW keeps (step, exp_avg, exp_avg_sq), so that either
+    reads what the other has saved; a state is to be loaded in place. Not run with apex itself, which needs a GPU: the tests put
+    something that keeps to its interface in its place.
+    """
+
+    def __init__(self, groups: Groups, fused_adam: Any, **options: Any) -> None:
+        """groups have params and weight_decay; options are lr, betas and eps."""
+        super().__init__(groups, options)
+        self.steps = torch.zeros(())
+        """Taken so far. One for all parameters, and on the host, since apex wants a number."""
+        self.fused: list[tuple[dict[str, Any], dict[nn.Parameter, nn.Parameter], Any]] = []
+        """Of each group that has something on this rank: the group, the shard of each parameter, and apex's optimizer of these."""
+        for group in self.param_groups:
+            shards = {}
+            for p in group["params"]:
+                self.state[p] = {"step": self.steps, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                # apex takes no group without tensors, and loses tensors beside an empty one without a word.
+                if local_part(p).numel():
+                    shards[p] = nn.Parameter(local_part(p.detach()))
+            if shards:
+                fused = fused_adam(list(shards.values()), weight_decay=group["weight_decay"], adam_w_mode=True, **options)
+                for p, shard in shards.items():
+                    fused.state[shard] = {key: local_part(self.state[p][key]) for key in ("exp_avg", "exp_avg_sq")}
+                self.fused.append((group, shards, fused))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step by the gradients of the DTensors."""
+        for group, shards, fused in self.fused:
+            # apex counts steps here; a loaded state has another number.
+            fused.param_groups[0].update(lr=group["lr"], step=int(self.steps))
+            for p, shard in shards.items():
+                shard.grad = None if p.grad is None else local_part(p.grad)
+            fused.step()
+            fused.zero_grad()
+        self.steps += 1
 
 
 def learning_rate(step: int, highest: float, schedule: ScheduleConfig) -> float:

@@ -3,15 +3,15 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...configs.schema import Config
+from ...configs.schema import Config, ParallelConfig
 from ...kernels.cross_entropy import IGNORED
 from ...kernels.documents import Documents
+from ...models.hybrid import MicroStep
 from ...parallel.layout import Layout
 from ...parallel.mesh import Mesh
 
@@ -19,29 +19,24 @@ UNLABELLED = 1 / 16
 """Of the tokens: their labels count nothing, so that the number of tokens and the number of labels differ."""
 
 
-class Inputs(NamedTuple):
-    """What a model is called with, on its device."""
-
-    ids: Tensor  # [b, l] int64
-    labels: Tensor  # [b, l] int64
-    positions: Tensor  # [l] int64 in the whole sequence
-    documents: Documents | None
-
-
 @dataclass(frozen=True)
 class Share:
-    """The tokens of a batch that a rank holds: some of its sequences, some segments of each."""
+    """The tokens of a batch that a rank holds: some sequences of each micro-step, some segments of each."""
 
     layout: Layout
     cp: int
     dp: int
     dp_ranks: int
+    tp: int = 0
+    tp_ranks: int = 1
+    """Ranks that share these tokens out between tensor regions."""
 
     @classmethod
-    def of(cls, mesh: Mesh, kind: str) -> list["Share"]:
-        """Those of all ranks along the axis "dp_cp", in its order."""
-        layout, dp_ranks = Layout(kind, mesh.size("cp")), mesh.size("dp")  # type: ignore[arg-type]
-        return [cls(layout, cp, dp, dp_ranks) for dp in range(dp_ranks) for cp in range(layout.ranks)]
+    def of(cls, mesh: Mesh, parallel: ParallelConfig) -> list["Share"]:
+        """Those of all ranks along this rank's axis "dp_cp", in its order."""
+        layout, dp_ranks = Layout(parallel.layout, mesh.size("cp")), mesh.size("dp")
+        tp = (mesh.rank("tp"), mesh.size("tp")) if parallel.sequence_parallel else (0, 1)
+        return [cls(layout, cp, dp, dp_ranks, *tp) for dp in range(dp_ranks) for cp in range(layout.ranks)]
 
     @classmethod
     def all(cls) -> "Share":
@@ -54,50 +49,64 @@ class Share:
         return slice(self.dp * each, (self.dp + 1) * each)
 
     def cut(self, whole: Tensor) -> Tensor:
-        """[B, L, ...] -> [b, l, ...]."""
-        return self.layout.shard(whole[self.rows(len(whole))], self.cp)
+        """[m, B, L, ...] -> [m, b, l, ...]."""
+        return self.layout.shard(whole[:, self.rows(whole.shape[1])], self.cp, dim=2)
+
+    def shape(self, whole: torch.Size) -> torch.Size:
+        """Of what `cut` gives."""
+        m, sequences, length, *rest = whole
+        return torch.Size([m, sequences // self.dp_ranks, length // self.layout.ranks, *rest])
+
+    def between_regions(self, own: Tensor) -> Tensor:
+        """Of its tokens [m, b, l, ...] those that it has between tensor regions."""
+        return own.chunk(self.tp_ranks, 2)[self.tp]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The tokens of one step: ids and labels [B, L] int64 on the host, and the documents' boundaries where they are packed."""
+    """The tokens of one step of m micro-steps: ids and labels [m, B, L] int64 on the host.
+
+    cu_seqlens: by micro-step and sequence, the documents' boundaries where they are packed.
+    """
 
     ids: Tensor
     labels: Tensor
-    cu_seqlens: list[list[int]] | None
+    cu_seqlens: list[list[list[int]]] | None
 
     @property
     def labelled(self) -> int:
-        """Labels that count, over all ranks."""
+        """Labels that count, over all ranks and micro-steps."""
         return int((self.labels != IGNORED).sum())
 
-    def inputs(self, share: Share, device: torch.device) -> Inputs:
+    def micro_steps(self, share: Share, device: torch.device) -> list[MicroStep]:
         """What a rank's model is called with."""
         ids, labels = (share.cut(whole).to(device) for whole in (self.ids, self.labels))
-        positions = share.layout.positions(share.cp, self.ids.shape[1], device)
-        if self.cu_seqlens is None:
-            return Inputs(ids, labels, positions, None)
-        rows = self.cu_seqlens[share.rows(len(self.cu_seqlens))]
-        return Inputs(ids, labels, positions, share.layout.documents(rows, share.cp, device))
+        positions = share.layout.positions(share.cp, self.ids.shape[2], device)
+        documents: list[Documents | None] = [None] * len(ids)
+        if self.cu_seqlens is not None:
+            rows = share.rows(self.ids.shape[1])
+            documents = [share.layout.documents(each[rows], share.cp, device) for each in self.cu_seqlens]
+        return [MicroStep(ids[i], labels[i], positions, documents[i]) for i in range(len(ids))]
 
 
 def draw_batch(config: Config, segments: int) -> Batch:
-    """batch.sequences sequences of data.context random tokens, the same on every rank.
+    """The config's batch of sequences of data.context random tokens, the same on every rank.
 
     Where data.documents is packed, the documents are cut along the borders of `segments` equal segments.
     """
-    shape = config.batch.sequences, config.data.context
-    random = np.random.default_rng([config.seed, *shape])
+    m = config.batch.micro_steps
+    shape = m, config.batch.sequences // m, config.data.context
+    random = np.random.default_rng([config.seed, config.batch.sequences, config.data.context])
     ids = torch.from_numpy(random.integers(0, config.model.vocab_size, shape))
-    labels = ids.roll(-1, 1)
+    labels = ids.roll(-1, -1)
     labels[torch.from_numpy(random.random(shape) < UNLABELLED)] = IGNORED
-    labels[:, -1] = IGNORED
+    labels[..., -1] = IGNORED
     if config.data.documents == "single":
         return Batch(ids, labels, None)
-    cu_seqlens = [pack(shape[1], segments, row, random) for row in range(shape[0])]
-    for row, boundaries in enumerate(cu_seqlens):
-        labels[row, torch.tensor(boundaries[1:]) - 1] = IGNORED
-    return Batch(ids, labels, cu_seqlens)
+    rows = [pack(config.data.context, segments, row, random) for row in range(config.batch.sequences)]
+    for sequence, boundaries in zip(labels.flatten(0, 1), rows, strict=True):
+        sequence[torch.tensor(boundaries[1:]) - 1] = IGNORED
+    return Batch(ids, labels, [rows[i * shape[1] : (i + 1) * shape[1]] for i in range(m)])
 
 
 def pack(length: int, segments: int, shift: int, random: np.random.Generator) -> list[int]:

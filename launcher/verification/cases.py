@@ -6,16 +6,18 @@ from typing import Any, NamedTuple, get_args
 
 from ...configs.errors import KeyedError, UserError
 from ...configs.loading import load_config
-from ...configs.schema import BatchConfig, Config, ParallelConfig
+from ...configs.schema import Config, DataConfig, ParallelConfig
 
-SHORT = 256
+SHORT = 64
 """Tokens of context where every mesh is compared."""
+MANY = 720720
+"""Micro-steps that do for every pipeline of up to 16 ranks, until its length is known."""
 
 
 class Skipped(NamedTuple):
     """A mesh that the model cannot have."""
 
-    mesh: dict[str, int]
+    mesh: dict[str, Any]
     layout: str
     reason: str
 
@@ -29,39 +31,47 @@ class Plan(NamedTuple):
     notes: list[str]
 
 
-def plan_one(file: str, overrides: list[str], world: int, sequences: int | None) -> Plan:
+def mesh_of(parallel: ParallelConfig) -> dict[str, Any]:
+    """What a mesh is, without how the sequence lies on it."""
+    degrees = ("tp", "cp", "pp", "ep", "dp")
+    return parallel.model_dump(include={*degrees, "schedule", "stages_per_rank", "sequence_parallel", "replicate", "zero"})
+
+
+def plan_one(file: str, overrides: list[str], world: int, sequences: int | None = None, micro_steps: int | None = None) -> Plan:
     """The config's mesh on `world` ranks; cp and dp count as `auto` unless an override says otherwise.
 
-    sequences: of the batch; None: two for each dp rank. Raises ConfigError.
+    sequences and micro_steps: of the batch. None: two sequences for each dp rank and micro-step; a micro-step for each rank of the
+    pipeline. Raises ConfigError.
     """
-    open_degrees = ["parallel.cp=auto", "parallel.dp=auto"]
-    config, chunk = _load(file, [*open_degrees, *overrides, _batch(sequences or 2 * world)], world)
-    if sequences is None:
-        degrees = config.parallel.degrees(world)
-        config = config.model_copy(update={"batch": BatchConfig(sequences=2 * degrees.dp)})
+    overrides = ["parallel.cp=auto", "parallel.dp=auto", *overrides]
+    config, _ = _load(file, [*overrides, _batch(2 * world * MANY, MANY)], world)
+    micro_steps = micro_steps or config.parallel.pp
+    sequences = sequences or 2 * config.parallel.degrees(world).dp * micro_steps
+    config, chunk = _load(file, [*overrides, _batch(sequences, micro_steps)], world)
     return _fitted(Plan([config], [], config.parallel.segments, []), chunk)
 
 
-def plan_matrix(file: str, overrides: list[str], world: int, sequences: int | None) -> Plan:
-    """Every mesh of `world` ranks with both layouts, documents single and packed, and on the mesh that is all cp every strategy.
+def plan_matrix(file: str, overrides: list[str], world: int, sequences: int | None = None, micro_steps: int | None = None) -> Plan:
+    """Every mesh of `world` ranks, pipelines of one and of two stages on a rank, both layouts, documents single and packed.
 
-    The batch is the same for all. sequences: of it; None: one for each rank, at least two. Raises UserError.
+    With tp > 1, sequence_parallel is on for one kind of documents and off for the other, in turn. On the mesh that is all cp, every
+    strategy; on some with dp, copies of the parameters (HSDP) and ZeRO-2. The batch is the same for all. sequences and micro_steps:
+    of the batch; None: one for each rank and micro-step; as many as the longest pipeline has ranks, at least two. Raises UserError.
     """
-    plain = ["parallel={}", f"data.context={SHORT}"]
-    base, chunk = _load(file, [*plain, *overrides, _batch(sequences or max(2, world))])
-    configs, skipped = [], []
-    for parallel in _variants(base, world):
-        try:
-            configs.append(base.model_copy(update={"parallel": parallel}).resolved(world))
-        except KeyedError as error:
-            skip = Skipped(parallel.degrees(world)._asdict(), parallel.layout, f"{error.key} {error}")
-            skipped += [skip] if skip not in skipped else []
+    plain = ["parallel={}", f"data.context={SHORT}", *overrides]
+    base, _ = _load(file, [*plain, _batch(world * MANY, MANY)])
+    longest = max(degree for degree in _divisors(world) if degree <= len(base.model.layers))
+    micro_steps = micro_steps or max(2, longest)
+    base, chunk = _load(file, [*plain, _batch(sequences or max(2, world) * micro_steps, micro_steps)])
+    configs: list[Config] = []
+    skipped: dict[str, Skipped] = {}
+    for documents in get_args(DataConfig.model_fields["documents"].annotation):
+        data = base.data.model_copy(update={"documents": documents})
+        for parallel in _fitting_meshes(base, documents, world, skipped):
+            configs.append(base.model_copy(update={"parallel": parallel, "data": data}))
     if not configs:
-        raise UserError(f"no mesh of {world} ranks fits: {skipped[0].reason}")
-    kinds = get_args(type(base.data).model_fields["documents"].annotation)
-    data = [base.data.model_copy(update={"documents": kind}) for kind in kinds]
-    configs = [config.model_copy(update={"data": each}) for each in data for config in configs]
-    return _fitted(Plan(configs, skipped, max(config.parallel.segments for config in configs), []), chunk)
+        raise UserError(f"no mesh of {world} ranks fits: {next(iter(skipped.values())).reason}")
+    return _fitted(Plan(configs, [*skipped.values()], max(config.parallel.segments for config in configs), []), chunk)
 
 
 def _load(file: str, overrides: list[str], world: int | None = None) -> tuple[Config, int]:
@@ -71,28 +81,71 @@ def _load(file: str, overrides: list[str], world: int | None = None) -> tuple[Co
     return config, whole.model.mamba2.chunk_size
 
 
-def _batch(sequences: int) -> str:
-    return f"batch={{sequences: {sequences}, micro_steps: 1}}"
+def _batch(sequences: int, micro_steps: int) -> str:
+    return f"batch={{sequences: {sequences}, micro_steps: {micro_steps}}}"
 
 
-def _variants(base: Config, world: int) -> Iterator[ParallelConfig]:
-    def variant(**values: Any) -> ParallelConfig:
-        return base.parallel.model_copy(update=values)
+def _fitting_meshes(base: Config, documents: str, world: int, skipped: dict[str, Skipped]) -> Iterator[ParallelConfig]:
+    """The meshes to compare; fills `skipped` with those that do not fit."""
 
-    for tp, cp in itertools.product(range(1, world + 1), repeat=2):
-        if world % (tp * cp):
+    def fits(parallel: ParallelConfig) -> bool:
+        try:
+            base.model_copy(update={"parallel": parallel}).resolved(world)
+        except KeyedError as error:
+            skip = Skipped(mesh_of(parallel), parallel.layout, f"{error.key} {error}")
+            skipped.setdefault(str((skip.mesh | {"sequence_parallel": None}, skip.layout)), skip)
+            return False
+        return True
+
+    for parallel in _meshes(base, documents, world):
+        if fits(parallel):
+            yield parallel
+            # What does not fit without ep would be listed once for each ep otherwise.
+            updates = [*_spread(base, parallel), *_strategies(base, parallel, world)]
+            updates += _copies(base, parallel, world) if documents == "packed" else []
+            others = [parallel.model_copy(update=update) for update in updates]
+            yield from filter(fits, others)
+
+
+def _meshes(base: Config, documents: str, world: int) -> Iterator[ParallelConfig]:
+    degrees = _divisors(world)
+    for tp, cp, dp, pp in itertools.product(degrees, repeat=4):
+        if tp * cp * dp * pp != world:
             continue
-        degrees = {"tp": tp, "cp": cp, "dp": world // (tp * cp)}
-        for layout in _choices("layout") if cp > 1 else ["contiguous"]:
-            yield variant(**degrees, layout=layout)
-            if cp == world > 1:
-                mixers = {layer.mixer for layer in base.model.layers}
-                for key, mixer in (("strategy", "mamba2"), ("attention", "attention")):
-                    for choice in _choices(key) if mixer in mixers else []:
-                        yield variant(**degrees, layout=layout, **{key: choice})
-            elif tp == 1 and cp > 1 and any(layer.mixer == "attention" for layer in base.model.layers):
-                # Heads that do not divide over all ranks may over fewer.
-                yield variant(**degrees, layout=layout, attention="ulysses")
+        pipelines = [{"schedule": "1f1b", "stages_per_rank": 1}]
+        if pp > 1:
+            pipelines.append({"schedule": "interleaved_1f1b", "stages_per_rank": 2})
+        for layout, pipeline in itertools.product(_choices("layout") if cp > 1 else ["contiguous"], pipelines):
+            shared_out = tp > 1 and (layout == "zigzag") != (documents == "packed")
+            mesh = {"tp": tp, "cp": cp, "dp": dp, "pp": pp, "layout": layout, "sequence_parallel": shared_out, **pipeline}
+            yield base.parallel.model_copy(update=mesh)
+
+
+def _spread(base: Config, parallel: ParallelConfig) -> Iterator[dict[str, Any]]:
+    """Experts over every number of ranks."""
+    if any(layer.feed_forward == "moe" for layer in base.model.layers):
+        yield from ({"ep": degree} for degree in _divisors(parallel.dp * parallel.cp) if degree > 1)
+
+
+def _strategies(base: Config, parallel: ParallelConfig, world: int) -> Iterator[dict[str, Any]]:
+    mixers = {layer.mixer for layer in base.model.layers}
+    if parallel.cp == world > 1:
+        for key, mixer in (("strategy", "mamba2"), ("attention", "attention")):
+            yield from ({key: choice} for choice in _choices(key) if mixer in mixers)
+    elif parallel.tp == parallel.pp == 1 and parallel.cp > 1 and "attention" in mixers:
+        # Heads that do not divide over all ranks may over fewer.
+        yield {"attention": "ulysses"}
+
+
+def _copies(base: Config, parallel: ParallelConfig, world: int) -> Iterator[dict[str, Any]]:
+    """On meshes of dp and one more axis, ZeRO-2, and copies of the parameters with experts spread over the ranks of each."""
+    if parallel.cp == 1 and parallel.dp > 1 and parallel.dp * max(parallel.tp, parallel.pp) == world:
+        spread = parallel.dp > 2 and any(_spread(base, parallel))
+        yield from ({"zero": 2}, {"replicate": 2, "ep": 2 if spread else 1})
+
+
+def _divisors(number: int) -> list[int]:
+    return [degree for degree in range(1, number + 1) if number % degree == 0]
 
 
 def _choices(key: str) -> list[str]:

@@ -4,49 +4,52 @@ Two experts of nearly the same probability change places with the last bit, and 
 means something only with the same choices.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
-from ...models.hybrid import HybridModel
 from ...models.moe import MoE
 
+NamedMoEs = Iterable[tuple[str, MoE]]
+"""Mixtures of experts by their names in the whole model."""
 
-def record_choices(model: HybridModel) -> dict[int, Tensor]:
-    """Fills the returned dict at each forward from now on: by number of the MoE layer, the chosen experts [t, k]."""
-    chosen: dict[int, Tensor] = {}
 
-    def record(number: int, choose: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def record_choices(moes: NamedMoEs) -> dict[str, list[Tensor]]:
+    """Fills the returned dict from now on: by name of the MoE layer, the experts [b, l, k] of one micro-step after another."""
+    chosen: dict[str, list[Tensor]] = {}
+
+    def record(name: str, choose: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def recorded(probabilities: Tensor) -> Tensor:
-            chosen[number] = choose(probabilities)
-            return chosen[number]
+            chosen[name].append(choose(probabilities))
+            return chosen[name][-1]
 
         return recorded
 
-    for number, moe in enumerate(_moes(model)):
-        moe.choose = record(number, moe.choose)
+    for name, moe in moes:
+        chosen[name] = []
+        moe.choose = record(name, moe.choose)
     return chosen
 
 
-def replay_choices(model: HybridModel, choices: Sequence[Tensor]) -> dict[int, int]:
-    """At each forward from now on MoE layer i uses choices[i], [t, k] on the model's device.
+def replay_choices(moes: NamedMoEs, choices: Mapping[str, Tensor]) -> dict[tuple[str, int], int]:
+    """From now on each MoE layer uses choices[name], [m, b, l, k] on its device, of m micro-steps in turn and then again.
 
-    Fills the returned dict: by number of the layer, how many tokens would have chosen another set of experts.
+    Fills the returned dict: by layer and micro-step, how many tokens would have chosen another set of experts.
     """
-    flips: dict[int, int] = {}
+    flips: dict[tuple[str, int], int] = {}
 
-    def replay(number: int, choose: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def replay(name: str, choose: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        calls = itertools.cycle(enumerate(choices[name]))
+
         def replayed(probabilities: Tensor) -> Tensor:
-            own, given = (chosen.sort(-1).values for chosen in (choose(probabilities), choices[number]))
-            flips[number] = int((own != given).any(-1).sum())
-            return choices[number]
+            number, given = next(calls)
+            own = choose(probabilities).sort(-1).values
+            flips[name, number] = int((own != given.sort(-1).values).any(-1).sum())
+            return given
 
         return replayed
 
-    for number, moe in enumerate(_moes(model)):
-        moe.choose = replay(number, moe.choose)
+    for name, moe in moes:
+        moe.choose = replay(name, moe.choose)
     return flips
-
-
-def _moes(model: HybridModel) -> list[MoE]:
-    return [module for module in model.modules() if isinstance(module, MoE)]

@@ -1,90 +1,119 @@
-"""One training step, giving what is compared as it comes to be, so that no rank holds more than one whole tensor at a time."""
+"""One training step, and what of it is compared."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from ...models.hybrid import HybridModel, Losses
-from .batch import Inputs
+from ...models.hybrid import HybridModel, Losses, MicroStep
+from ...models.moe import MoE
+from ...models.stages import Stages
 
 MOVES = 0.1
 """What an SGD step changes, as a fraction of the parameters' norm."""
 
-
-class Found(NamedTuple):
-    """One tensor to compare: whole, but of "logits" and "outputs" only this rank's tokens."""
-
-    quantity: str
-    name: str
-    tensor: Tensor
-
+Found = dict[tuple[str, str], Tensor]
+"""What a rank has, by quantity and name: its parts of sharded tensors (DTensor), and its tokens of what is in BY_TOKEN."""
 
 BY_TOKEN = ("logits", "outputs")
+"""Quantities [m, b, l, ...] of all micro-steps."""
 
 
-def forward_backward(model: HybridModel, inputs: Inputs, labelled: int, data: dist.ProcessGroup | None = None) -> Iterator[Found]:
+class Alone:
+    """A model on one device in place of `Stages`: what these are compared with, so that it has nothing of them."""
+
+    def __init__(self, model: HybridModel) -> None:
+        self.models = [model]
+
+    def forward_backward(self, micro_steps: Sequence[MicroStep], tokens: Tensor) -> Losses:
+        """As `Stages.forward_backward`."""
+        totals = torch.zeros(2, dtype=torch.float64, device=tokens.device)
+        for micro_step in micro_steps:
+            losses = self.models[0](*micro_step)
+            (losses.cross_entropy / tokens + losses.auxiliary / len(micro_steps)).backward()
+            totals += torch.stack([losses.cross_entropy.detach(), losses.auxiliary.detach()])
+        return Losses(*totals)
+
+    @torch.no_grad()
+    def forward(self, micro_step: MicroStep) -> Any:
+        """As `Stages.forward`."""
+        return self.models[0](*micro_step)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All of them."""
+        return self.models[0].parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All of them, a tied one once."""
+        return self.models[0].named_parameters()
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """As `Stages.named_buffers`."""
+        kept = self.models[0].state_dict().keys()
+        return ((name, buffer) for name, buffer in self.models[0].named_buffers() if name in kept)
+
+    def named_moes(self) -> Iterator[tuple[str, MoE]]:
+        """The mixtures of experts."""
+        return ((name, module) for name, module in self.models[0].named_modules() if isinstance(module, MoE))
+
+
+Model = Stages | Alone
+
+
+def forward_backward(model: Model, micro_steps: Sequence[MicroStep], labelled: int, data: dist.ProcessGroup | None = None) -> Found:
     """The loss, logits and gradients. `data`: the ranks that hold the other tokens; `labelled`: all tokens' labels."""
-    losses = model(*inputs)
-    assert isinstance(losses, Losses)
+    losses = model.forward_backward(micro_steps, torch.tensor(labelled, device=micro_steps[0].ids.device))
     cross_entropy = losses.cross_entropy / labelled
-    (cross_entropy + losses.auxiliary).backward()
-    cross_entropy = cross_entropy.detach().clone()
     if data is not None:
         dist.all_reduce(cross_entropy, group=data)
-    yield Found("loss", "loss", cross_entropy + losses.auxiliary.detach())
-    with torch.no_grad():
-        yield Found("logits", "logits", model(inputs.ids, None, inputs.positions, inputs.documents))
+    found: Found = {("loss", "loss"): cross_entropy + losses.auxiliary / len(micro_steps)}
+    logits = [model.forward(micro_step._replace(labels=None)) for micro_step in micro_steps]
+    if logits[0] is not None:
+        found["logits", "logits"] = torch.stack(logits)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        yield Found("gradients", name, _whole(parameter.grad))
+        found["gradients", name] = parameter.grad
+    return found
 
 
-def visible_rate(model: HybridModel) -> float:
+def visible_rate(model: Model) -> float:
     """The learning rate at which one SGD step moves the parameters by MOVES of their norm."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norms = [torch.stack([t.detach().double().norm() for t in tensors]).norm() for tensors in (list(model.parameters()), gradients)]
     return float(MOVES * norms[0] / norms[1])
 
 
-def update(model: HybridModel, rate: float) -> Iterator[Found]:
-    """One SGD step, and the parameters after it."""
+def update(model: Model, rate: float) -> Found:
+    """One SGD step and what follows it -> the parameters, and the experts' biases."""
     torch.optim.SGD(model.parameters(), lr=rate, foreach=False).step()
-    for name, parameter in model.named_parameters():
-        yield Found("parameters", name, _whole(parameter.detach()))
+    for _, moe in model.named_moes():
+        moe.rebalance()
+    found = {("parameters", name): parameter.detach() for name, parameter in model.named_parameters()}
+    return found | {("parameters", name): buffer for name, buffer in model.named_buffers()}
 
 
-def take_step(
-    model: HybridModel, inputs: Inputs, labelled: int, rate: float, data: dist.ProcessGroup | None = None
-) -> Iterator[Found]:
-    """`forward_backward` and `update`."""
-    yield from forward_backward(model, inputs, labelled, data)
-    yield from update(model, rate)
-
-
-def layer_outputs(model: HybridModel, inputs: Inputs, data: dist.ProcessGroup | None = None) -> Iterator[Found]:
+def layer_outputs(model: Model, micro_steps: Sequence[MicroStep], data: dist.ProcessGroup | None = None) -> Found:
     """The "outputs" of each part of the model, in order of the forward: embedding, mixers, feed-forwards, head."""
-    with torch.no_grad(), _recording(model) as recorded:
-        model(inputs.ids, None, inputs.positions, inputs.documents)
-    for name, tensor in recorded.items():
-        yield Found("outputs", name, tensor)
+    with _recording(model) as recorded:
+        for micro_step in micro_steps:
+            model.forward(micro_step._replace(labels=None))
+    return {("outputs", name): torch.stack(tensors) for name, tensors in recorded.items()}
 
 
 @contextmanager
-def _recording(model: HybridModel) -> Iterator[dict[str, Tensor]]:
-    recorded: dict[str, Tensor] = {}
+def _recording(model: Model) -> Iterator[dict[str, list[Tensor]]]:
+    recorded: dict[str, list[Tensor]] = {}
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            recorded[name] = output[0] if isinstance(output, tuple) else output
+            recorded.setdefault(name, []).append(output[0] if isinstance(output, tuple) else output)
 
         return hook
 
-    handles = [module.register_forward_hook(record(name)) for name, module in _parts(model).items()]
+    handles = [part.register_forward_hook(record(name)) for each in model.models for name, part in _parts(each).items()]
     try:
         yield recorded
     finally:
@@ -93,13 +122,9 @@ def _recording(model: HybridModel) -> Iterator[dict[str, Tensor]]:
 
 
 def _parts(model: HybridModel) -> dict[str, nn.Module]:
-    parts: dict[str, nn.Module] = {"embedding": model.embedding}
-    for i, layer in enumerate(model.layers):
-        parts[f"layers.{i}.mixer"] = layer.mixer
-        if layer.kinds.feed_forward:
-            parts[f"layers.{i}.feed_forward"] = layer.feed_forward
-    return parts | {"head": model.head}
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    parts: dict[str, nn.Module | None] = {"embedding": model.embedding}
+    for number, layer in model.layers.items():
+        parts[f"layers.{number}.mixer"] = layer.mixer
+        parts[f"layers.{number}.feed_forward"] = layer.feed_forward if layer.kinds.feed_forward else None
+    parts["head"] = model.head
+    return {name: part for name, part in parts.items() if part is not None}

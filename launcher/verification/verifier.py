@@ -9,45 +9,51 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
 from ...configs.schema import Config, Degrees, ModelConfig, ParallelConfig
 from ...kernels import dispatch
-from ...models.hybrid import HybridModel, build_model
-from ...models.parallelize import build_sharded_model
-from ...parallel.mesh import AXES, Mesh, build_mesh
+from ...models.hybrid import MicroStep, build_model
+from ...models.stages import build_stages
+from ...parallel.mesh import Mesh, build_mesh, build_mesh_of_one
 from ..environment import Environment
-from .batch import Batch, Inputs, Share, draw_batch
+from .batch import Batch, Share, draw_batch
 from .choices import record_choices, replay_choices
-from .differences import Differences, Errors
-from .steps import BY_TOKEN, Found, forward_backward, layer_outputs, take_step, update, visible_rate
+from .differences import Differences, Errors, Key
+from .steps import BY_TOKEN, Alone, Found, Model, forward_backward, layer_outputs, update, visible_rate
 from .verdict import Flips, Verdict, kind_of, over_limit, part_of
 
-Work = Callable[[HybridModel, Inputs, dist.ProcessGroup | None], Iterator[Found]]
+MESSAGE = 1 << 22
+"""Elements of references that travel together: most tensors are small, and a message costs more than they do."""
+
+Work = Callable[[Model, list[MicroStep], dist.ProcessGroup | None], Found]
 """What a model is made to do; the group has the ranks that hold the other tokens."""
 
 
 @dataclass
 class Reference:
-    """What all meshes are compared with. Tensors are whole, on the host of rank 0, by quantity and name."""
+    """What all meshes are compared with."""
 
     batch: Batch
     rate: float = 0.0
     """Of the SGD step."""
-    choices: list[Tensor] = field(default_factory=list)
-    """Below fp64, by MoE layer: the experts [B, L, k] that every run must use."""
-    tensors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    choices: dict[str, Tensor] = field(default_factory=dict)
+    """Below fp64, by MoE layer: the experts [m, B, L, k] that every run must use."""
+    shapes: dict[Key, torch.Size] = field(default_factory=dict)
+    """Of the whole tensors."""
+    tensors: dict[Key, Tensor] = field(default_factory=dict)
+    """Whole, on the host of rank 0; no other rank has any."""
     one_rank: Errors | None = None
     """Below fp64: of one rank in the dtype at hand."""
     one_rank_flips: int = 0
 
-    def keep(self, found: Iterator[Found]) -> None:
-        """Takes tensors in."""
-        self.tensors |= {(one.quantity, one.name): one.tensor.detach().cpu() for one in found}
+    def keep(self, found: Found) -> None:
+        """Takes tensors in, on rank 0."""
+        self.tensors |= {key: tensor.detach().cpu() for key, tensor in found.items()}
+        self.shapes |= {key: tensor.shape for key, tensor in found.items()}
 
-    def step(self, model: HybridModel, inputs: Inputs, data: dist.ProcessGroup | None) -> Iterator[Found]:
+    def step(self, model: Model, micro_steps: list[MicroStep], data: dist.ProcessGroup | None) -> Found:
         """The step that a model is compared by."""
-        return take_step(model, inputs, self.batch.labelled, self.rate, data)
+        return forward_backward(model, micro_steps, self.batch.labelled, data) | update(model, self.rate)
 
 
 class Verifier:
@@ -59,7 +65,9 @@ class Verifier:
 
     def __init__(self, environment: Environment, segments: int) -> None:
         self.device, self.leads, self.segments = environment.device, environment.leads, segments
-        self.meshes: dict[Degrees, Mesh] = {}
+        # What is there already stays: looking through it for garbage after every mesh would take longer than many of them.
+        gc.freeze()
+        self.meshes: dict[tuple[Degrees, int], Mesh] = {}
         self.mesh_of_one: Mesh | None = None
         self.references: dict[str, Reference] = {}
 
@@ -86,88 +94,85 @@ class Verifier:
         reference = Reference(draw_batch(config, self.segments))
         if self.leads:
             model = self._exact_model(config)
-            inputs, chosen = reference.batch.inputs(Share.all(), self.device), record_choices(model)
+            micro_steps, chosen = reference.batch.micro_steps(Share.all(), self.device), record_choices(model.named_moes())
             with dispatch.chosen("reference"):
-                reference.keep(forward_backward(model, inputs, reference.batch.labelled))
+                reference.keep(forward_backward(model, micro_steps, reference.batch.labelled))
             reference.rate = visible_rate(model)
             reference.keep(update(model, reference.rate))
-            reference.choices = [chosen[number].unflatten(0, inputs.ids.shape) for number in sorted(chosen)]
+            reference.choices = {name: torch.stack(experts[: len(micro_steps)]) for name, experts in chosen.items()}
             del model
             _free()
-        self._share_choices(config, reference)
-        reference.rate = self._share(reference.rate)
+        reference.rate, reference.shapes = self._share((reference.rate, reference.shapes))
         if config.precision != "fp64":
+            reference.choices = {name: choices.to(self.device) for name, choices in self._share(reference.choices).items()}
             reference.one_rank, reference.one_rank_flips = self._on_one_rank(config, reference, reference.step)
+        else:
+            reference.choices = {}
         return reference
 
-    def _share_choices(self, config: Config, reference: Reference) -> None:
-        if config.precision == "fp64":
-            reference.choices = []
-            return
-        layers = [layer for layer in config.model.layers if layer.feed_forward == "moe"]
-        shape = *reference.batch.ids.shape, config.model.moe.top_k
-        if not self.leads:
-            reference.choices = [torch.empty(shape, dtype=torch.int64, device=self.device) for _ in layers]
-        for chosen in reference.choices:
-            dist.broadcast(chosen, 0)
-
-    def _exact_model(self, config: Config) -> HybridModel:
+    def _exact_model(self, config: Config) -> Alone:
         """Without any wiring."""
-        return build_model(config.model, config.seed, torch.float64).to(self.device)
+        return Alone(build_model(config.model, config.seed, torch.float64).to(self.device))
 
     def _on_one_rank(self, config: Config, reference: Reference, work: Work) -> tuple[Errors, int]:
         """Errors and flips of rank 0 alone, which computes as training on one rank does, FSDP's mixed precision with it."""
         if self.mesh_of_one is None:
-            self.mesh_of_one = _build_mesh_of_one(self.device.type)
+            self.mesh_of_one = build_mesh_of_one(self.device.type)
         result = None
         if self.leads:
             alone = config.model_copy(update={"parallel": ParallelConfig(dp=1)})
-            model = build_sharded_model(alone, self.mesh_of_one, self.device)
-            flips, differences = replay_choices(model, [c.flatten(0, 1) for c in reference.choices]), Differences()
-            for one in work(model, reference.batch.inputs(Share.all(), self.device), None):
-                differences.add(one, reference.tensors[one.quantity, one.name].to(self.device))
-            result = differences.errors(over_ranks=False), sum(flips.values())
-            del model
+            stages = build_stages(alone, self.mesh_of_one, self.device)
+            flips = replay_choices(stages.named_moes(), reference.choices)
+            found = work(stages, reference.batch.micro_steps(Share.all(), self.device), None)
+            differences = Differences(found)
+            for key, tensor in found.items():
+                differences.add(key, tensor, reference.tensors[key].to(self.device))
+            result = differences.errors(), sum(flips.values())
+            del stages
             _free()
         return self._share(result)
 
     def _on_mesh(self, config: Config, reference: Reference, work: Work) -> tuple[Errors, int, dict[str, str] | None]:
         """Errors of the config's mesh over all ranks, the tokens that would have chosen other experts, and `Verdict.chosen`."""
-        degrees = config.parallel.degrees(dist.get_world_size())
-        if degrees not in self.meshes:
-            self.meshes[degrees] = build_mesh(config.parallel, self.device.type)
-        mesh = self.meshes[degrees]
-        shares = Share.of(mesh, config.parallel.layout)
+        mesh = self._mesh(config.parallel)
+        shares = Share.of(mesh, config.parallel)
         share = shares[mesh.rank("dp_cp")]
-        model = build_sharded_model(config, mesh, self.device)
-        replayed = [share.cut(whole).flatten(0, 1) for whole in reference.choices]
-        flips, differences = replay_choices(model, replayed) if replayed else {}, Differences()
-        for one in work(model, reference.batch.inputs(share, self.device), mesh.group("dp_cp")):
-            differences.add(one, self._hand_out(reference, one, shares, share))
-        chosen = {"strategy": model.strategies.exchange, "attention": model.strategies.attention} if model.strategies else None
-        del model
+        stages = build_stages(config, mesh, self.device)
+        replayed = {name: share.between_regions(share.cut(whole)) for name, whole in reference.choices.items()}
+        flips = replay_choices(stages.named_moes(), replayed) if replayed else {}
+        found = work(stages, reference.batch.micro_steps(share, self.device), mesh.group("dp_cp"))
+        assert found.keys() <= reference.shapes.keys()
+        differences = Differences(reference.shapes)
+        for key, part, expected in self._hand_out(reference, shares):
+            if key in found and part in (None, share):
+                differences.add(key, found[key], share.between_regions(expected) if _is_between(key) else expected)
+        chosen = {"strategy": stages.strategies.exchange, "attention": stages.strategies.attention} if stages.strategies else None
+        del stages
         _free()
         counted = torch.tensor(sum(flips.values()), device=self.device)
-        dist.all_reduce(counted, group=mesh.group("dp_cp"))
-        return differences.errors(over_ranks=True), int(counted), chosen
+        dist.all_reduce(counted, group=None if config.parallel.sequence_parallel else mesh.group("pp_dp_cp"))
+        return differences.errors(self.device), int(counted), chosen
 
-    def _hand_out(self, reference: Reference, one: Found, shares: list[Share], own: Share) -> Tensor:
-        """From rank 0: the reference of what each rank has found, which for tokens is its share."""
-        whole = reference.tensors[one.quantity, one.name] if self.leads else None
-        if one.quantity not in BY_TOKEN:
-            return self._broadcast(whole, one.tensor)
-        for share in shares:
-            part = self._broadcast(None if whole is None else share.cut(whole), one.tensor)
-            if share == own:
-                kept = part
-        return kept
+    def _mesh(self, parallel: ParallelConfig) -> Mesh:
+        key = parallel.degrees(dist.get_world_size()), parallel.replicate
+        if key not in self.meshes:
+            self.meshes[key] = build_mesh(parallel, self.device.type)
+        return self.meshes[key]
 
-    def _broadcast(self, tensor: Tensor | None, like: Tensor) -> Tensor:
-        out = torch.empty(like.shape, dtype=torch.float64, device=self.device)
-        if tensor is not None:
-            out.copy_(tensor)
-        dist.broadcast(out, 0)
-        return out
+    def _hand_out(self, reference: Reference, shares: list[Share]) -> Iterator[tuple[Key, Share | None, Tensor]]:
+        """From rank 0 to all, which all take part whether they have use for a tensor or not: those by token one share at a time."""
+        pieces = [(key, share) for key in reference.shapes for share in (shares if key[0] in BY_TOKEN else [None])]
+        shapes = [reference.shapes[key] if share is None else share.shape(reference.shapes[key]) for key, share in pieces]
+        for run in _runs([shape.numel() for shape in shapes]):
+            message = torch.empty(sum(shapes[i].numel() for i in run), dtype=torch.float64, device=self.device)
+            parts = message.split([shapes[i].numel() for i in run])
+            if self.leads:
+                for i, part in zip(run, parts, strict=True):
+                    key, share = pieces[i]
+                    whole = reference.tensors[key]
+                    part.view(shapes[i]).copy_(whole if share is None else share.cut(whole))
+            dist.broadcast(message, 0)
+            yield from ((*pieces[i], part.view(shapes[i])) for i, part in zip(run, parts, strict=True))
 
     def _share(self, value: object) -> Any:
         """Rank 0's on every rank."""
@@ -177,15 +182,16 @@ class Verifier:
 
     def _first_difference(self, verdict: Verdict, reference: Reference) -> str:
         """Runs the forward again, looking at what each part hands on; where all agree, it is the backward or the step."""
-        config = verdict.config
+        config, outputs = verdict.config, replace(reference, shapes={}, tensors={})
         if self.leads:
-            inputs = reference.batch.inputs(Share.all(), self.device)
+            micro_steps = reference.batch.micro_steps(Share.all(), self.device)
             with dispatch.chosen("reference"):
-                reference.keep(layer_outputs(self._exact_model(config), inputs))
+                outputs.keep(layer_outputs(self._exact_model(config), micro_steps))
+        outputs.shapes = self._share(outputs.shapes)
         one_rank = None
         if config.precision != "fp64":
-            one_rank, _ = self._on_one_rank(config, reference, layer_outputs)
-        errors, _, _ = self._on_mesh(config, reference, layer_outputs)
+            one_rank, _ = self._on_one_rank(config, outputs, layer_outputs)
+        errors, _, _ = self._on_mesh(config, outputs, layer_outputs)
         for first in over_limit(errors, one_rank, config.model):
             return f"the output of {_named(first.name, config.model)} is the first that differs: {first.error:.1e}"
         return _after_the_forward(verdict)
@@ -203,11 +209,18 @@ def _named(part: str, model: ModelConfig) -> str:
     return f"{part} ({kind_of(part, model)})" if part.startswith("layers") else part
 
 
-def _build_mesh_of_one(device_type: str) -> Mesh:
-    """A mesh for each rank with nobody else on it. All ranks call it."""
-    copies = init_device_mesh(device_type, (dist.get_world_size(), 1, 1, 1, 1), mesh_dim_names=("copies", *AXES))
-    dense = copies[AXES]
-    return Mesh(dense, dense["dp", "cp"]._flatten("dp_cp"))
+def _is_between(key: Key) -> bool:
+    """Whether a tensor by token lies between tensor regions; the head gives something for all of a rank's tokens."""
+    return key[0] == "outputs" and key[1] != "head"
+
+
+def _runs(sizes: list[int]) -> Iterator[range]:
+    """Neighbours that make one message of at most MESSAGE elements, or one that is larger alone."""
+    start = 0
+    for stop in range(1, len(sizes) + 1):
+        if stop == len(sizes) or sum(sizes[start : stop + 1]) > MESSAGE:
+            yield range(start, stop)
+            start = stop
 
 
 def _free() -> None:

@@ -1,12 +1,16 @@
 """Checkpoints reshard: what any mesh saves any other goes on with; written beside training, looked into, merged."""
 
+import errno
 import json
 import re
 import shutil
+import threading
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemWriter
@@ -30,7 +34,7 @@ COMMON = [
     "precision=fp64",
     "data.documents=packed",
     "model.tied_embeddings=true",
-    "model.moe={aux_loss: 0.1, bias_rate: 0.01}",
+    "model.moe.bias_rate=0.01",
     "batch={sequences: 4, micro_steps: 2}",
     "optimizer.lr=1e-2",
 ]
@@ -44,6 +48,7 @@ MESHES = {
     "tp2cp2": (4, ["parallel={tp: 2, cp: 2, layout: zigzag, zero: 2}"]),
     "pp2": (2, ["parallel={pp: 2}", "model.pattern=M-|MEM-*E"]),
     "interleaved": (2, ["parallel={pp: 2, schedule: interleaved_1f1b, stages_per_rank: 2}"]),
+    "tp2pp2": (4, ["parallel={tp: 2, pp: 2}"]),
     "tp2cp2pp2": (8, ["parallel={tp: 2, cp: 2, pp: 2, layout: zigzag}"]),
 }
 
@@ -65,7 +70,13 @@ def train(rank, config, last, load=None, forget=()):
     metrics = [trainer.step() for _ in range(trainer.done, last)]
     trainer.save()
     trainer.checkpointer.finish()
-    return [(step["loss"], step["grad_norm"]) for step in metrics]
+    return torch.tensor([(step["loss"], step["grad_norm"]) for step in metrics], dtype=torch.float64)
+
+
+def assert_same(found, expected, rtol=1e-9):
+    """The losses and norms of as many steps, on all ranks."""
+    for rank in found:
+        torch.testing.assert_close(rank, expected, rtol=rtol, atol=0)
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +108,7 @@ def saved(pool, runs, reference):
     def save(mesh):
         if mesh not in folders:
             config = config_of(runs, f"saved-{mesh}", mesh)
-            for losses in pool.run(MESHES[mesh][0], train, config, STOP):
-                assert losses == pytest.approx(reference[:STOP], rel=1e-9)
+            assert_same(pool.run(MESHES[mesh][0], train, config, STOP), reference[:STOP])
             folders[mesh] = checkpoint_folder(config.run, STOP)
         return folders[mesh]
 
@@ -112,38 +122,34 @@ def saved(pool, runs, reference):
         ("cp4ep2", "one"),
         ("tp2cp2", "cp2"),
         ("cp4ep2", "replicate2"),
-        ("tp2cp2", "pp2"),
         ("tp2cp2pp2", "one"),
         ("tp2cp2pp2", "cp4ep2"),
         ("tp2cp2pp2", "interleaved"),
         ("pp2", "tp2cp2"),
-        ("pp2", "tp2cp2pp2"),
     ],
 )
 def test_another_mesh_goes_on_with_the_same_losses(pool, runs, reference, saved, before, after):
     config = config_of(runs, f"{before}-{after}", after)
-    for losses in pool.run(MESHES[after][0], train, config, END, saved(before)):
-        assert losses == pytest.approx(reference[STOP:], rel=1e-9)
+    assert_same(pool.run(MESHES[after][0], train, config, END, saved(before)), reference[STOP:])
 
 
 @pytest.mark.parametrize("lost", ["exp_avg", "exp_avg_sq", "step"])
 def test_the_losses_hang_on_the_optimizers_state(pool, runs, reference, saved, lost):
     """That the test above can fail."""
-    losses = pool.run(1, train, config_of(runs, f"without-{lost}", "one"), END, saved("tp2cp2"), (lost,))[0]
-    assert losses[0] == pytest.approx(reference[STOP], rel=1e-9)
-    assert abs(losses[-1][0] / reference[-1][0] - 1) > 1e-5
+    (found,) = pool.run(1, train, config_of(runs, f"without-{lost}", "one"), END, saved("tp2cp2"), (lost,))
+    assert_same([found[:1]], reference[STOP : STOP + 1])
+    assert abs(found[-1, 0] / reference[-1, 0] - 1) > 1e-4
 
 
 def test_fp32_goes_on_with_the_same_losses(pool, runs):
     """What the optimizer's square roots make of rounding stays below 1e-5."""
     common = ["precision=fp32", "batch={sequences: 4, micro_steps: 2}"]
     straight = pool.run(1, train, config_of(runs, "fp32", "one", common=common), END)[0]
-    stopped = config_of(runs, "fp32-stopped", "tp2cp2pp2", common=common)
-    pool.run(8, train, stopped, STOP)
-    for mesh in ("cp4ep2", "one"):
-        config = config_of(runs, f"fp32-{mesh}", mesh, common=common)
-        losses = pool.run(MESHES[mesh][0], train, config, END, checkpoint_folder(stopped.run, STOP))[0]
-        assert [loss for loss, _ in losses] == pytest.approx([loss for loss, _ in straight[STOP:]], rel=1e-5)
+    stopped = config_of(runs, "fp32-stopped", "tp2cp2", common=common)
+    pool.run(4, train, stopped, STOP)
+    config = config_of(runs, "fp32-resumed", "pp2", common=common)
+    found = pool.run(2, train, config, END, checkpoint_folder(stopped.run, STOP))
+    assert_same([rank[:, 0] for rank in found], straight[STOP:, 0], 1e-5)
 
 
 def spoil(trainer):
@@ -152,8 +158,8 @@ def spoil(trainer):
             local_part(tensor).add_(1)
 
 
-def save_and_train_on(rank, config, asynchronous):
-    """A checkpoint, and at once everything that it holds is overwritten; whether it was complete before `finish`, and threads."""
+def save_and_spoil(rank, config):
+    """A checkpoint, and at once everything that it holds is overwritten; whether there was something left to `finish`."""
     trainer = trainer_of(rank, config)
     trainer.step()
     trainer.save()
@@ -174,42 +180,199 @@ def test_asynchronous_saves_are_the_same(pool, runs):
     for asynchronous in (False, True):
         options = [f"checkpoint.asynchronous={str(asynchronous).lower()}"]
         config = config_of(runs, f"asynchronous-{asynchronous}", "cp2", options)
-        assert pool.run(2, save_and_train_on, config, asynchronous) == [asynchronous] * 2
+        assert pool.run(2, save_and_spoil, config) == [asynchronous] * 2
         folders.append(checkpoint_folder(config.run, 1))
     assert len(tensors(folders[0])) == 2
     assert tensors(folders[0]) == tensors(folders[1])
 
 
-class DiskFull(FileSystemWriter):
-    """Stands for a disk that is full on one rank."""
+def save_on_a_full_disk(rank, config):
+    """Three saves, of which the second fails on rank 1: its error, what is there then, and what after the third."""
+    trainer, message, there = trainer_of(rank, config), None, []
+    write_data = FileSystemWriter.write_data
+    for number in (1, 2, 3):
+        if (rank, number) == (1, 2):
+            FileSystemWriter.write_data = disk_is_full
+        try:
+            trainer.step()
+            trainer.save()
+            trainer.checkpointer.finish()
+        except UserError as error:
+            message = str(error)
+        finally:
+            FileSystemWriter.write_data = write_data
+        dist.barrier()
+        there.append(sorted(path.name for path in (config.run / "checkpoints").iterdir()))
+        dist.barrier()
+    return message, there
 
-    @staticmethod
-    def write_data(*args):
-        raise OSError(28, "No space left on device")
+
+def disk_is_full(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def save_on_a_full_disk(rank, config, monkeypatched):
-    """The message of a save that fails on one rank; what is there then; and whether the next save is good."""
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_full_disk_ends_all_ranks_and_costs_no_older_checkpoint(pool, runs, asynchronous):
+    config = config_of(runs, f"full-{asynchronous}", "cp2", [f"checkpoint={{asynchronous: {asynchronous}, keep: 1}}"])
+    (config.run / "checkpoints" / "step-00000009.partial" / "left").mkdir(parents=True)
+    for message, there in pool.run(2, save_on_a_full_disk, config):
+        assert message == f"{config.run}/checkpoints/step-00000002: cannot be written: [Errno 28] No space left on device"
+        assert there == [["step-00000001"], ["step-00000001"], ["step-00000003"]]
+
+
+def save_and_find_threads(rank, config):
+    """Threads that a save leaves, by name."""
+    before = threading.enumerate()
     trainer = trainer_of(rank, config)
     trainer.step()
     trainer.save()
     trainer.checkpointer.finish()
-    trainer.step()
-    original = FileSystemWriter.write_data
-    message = None
+    time.sleep(0.1)
+    return [thread.name for thread in threading.enumerate() if thread not in before and not thread.daemon]
+
+
+def test_no_thread_stays(pool, runs):
+    assert pool.run(2, save_and_find_threads, config_of(runs, "threads", "cp2")) == [[], []]
+
+
+def load(rank, config, folder):
+    """The error, if there is one."""
     try:
-        if rank == 1:
-            FileSystemWriter.write_data = DiskFull.write_data
-        trainer.save()
-        trainer.checkpointer.finish()
+        trainer_of(rank, config).checkpointer.load(folder)
     except UserError as error:
-        message = str(error)
-    finally:
-        FileSystemWriter.write_data = original
-    dist.barrier()
-    there = sorted(path.name for path in (config.run / "checkpoints").iterdir())
-    dist.barrier()
+        return str(error)
+    return None
+
+
+SMALL = ["model.pattern=ME", "model.repeat=2"]
+
+
+@pytest.fixture(scope="module")
+def small(pool, runs):
+    """A checkpoint of a model without biases of experts."""
+    config = config_of(runs, "small", "one", common=SMALL)
+    pool.run(1, train, config, 1)
+    return checkpoint_folder(config.run, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model.pattern=ME|ME", "model.repeat=1"], None),
+        ([f"model.moe.{change}" for change in ("aux_loss=0", "z_loss=0.1", "bias_rate=0.1", "balance=pooled", "capacity=2")], None),
+        (["precision=fp64"], None),
+        (["model.pattern=M-"], "its model.pattern is 'MEME', the config's 'M-M-'"),
+        (["model.moe.shared_hidden=8"], "its model.moe.shared_hidden is 0, the config's 8"),
+        (["model.tied_embeddings=true"], "its model.tied_embeddings is False, the config's True"),
+        (["model.attention.rope=null"], "its model.attention.rope.theta is 10000.0, the config's None"),
+    ],
+    ids=str,
+)
+def test_what_a_run_may_change(pool, runs, small, options, message):
+    config = config_of(runs, "changed", "one", options, SMALL)
+    expected = None if message is None else f"{small} is of another model: {message}"
+    assert pool.run(1, load, config, small) == [expected]
+
+
+def test_a_checkpoint_of_before_a_key_was_there(pool, runs, small):
+    """What it does not say has the key's default."""
+    older = shutil.copytree(small, runs / "older" / small.name)
+    config = (older / "config.yaml").read_text()
+    rewrite(older, "config.yaml", re.sub(r"  tied_embeddings:.*\n", "", config).encode())
+    assert pool.run(1, load, config_of(runs, "changed", "one", common=SMALL), older) == [None]
+
+
+def rewrite(folder, name, content):
+    """A file that was changed, and the manifest does not show it."""
+    (folder / name).write_bytes(content)
+    facts = json.loads((folder / "manifest.json").read_text())
+    facts["files"][name] = len(content)
+    (folder / "manifest.json").write_text(json.dumps(facts))
+
+
+def train_and_gather(rank, config):
+    """Each tensor of the model, whole, as it is saved."""
+    trainer = trainer_of(rank, config)
     trainer.step()
     trainer.save()
     trainer.checkpointer.finish()
-    return message, there
+    parameters = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in trainer.stages.named_parameters()}
+    return {name: t.detach().clone() for name, t in {**parameters, **dict(trainer.stages.named_buffers())}.items()}
+
+
+@pytest.fixture(scope="module")
+def gathered(pool, runs):
+    """A pipeline's checkpoint, and its tensors."""
+    config = config_of(runs, "gathered", "tp2pp2")
+    parts = pool.run(4, train_and_gather, config)
+    return config, {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def test_merge_writes_what_was_trained(gathered, tmp_path):
+    config, expected = gathered
+    file = tmp_path / "model.safetensors"
+    result = CliRunner().invoke(app, ["checkpoint", "merge", str(config.run), str(file)])
+    assert result.exit_code == 0, result.output
+    found = load_file(file)
+    assert found.keys() == expected.keys()
+    assert {str(tensor.dtype) for tensor in found.values()} == {"torch.float64"}
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    assert (metadata["format"], metadata["step"]) == ("pt", "1")
+    assert yaml.safe_load(metadata["config"]) == config.model_dump(mode="json")
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_merge_overwrites_nothing_and_leaves_nothing_half_written(small, tmp_path):
+    damaged = shutil.copytree(small, tmp_path / small.name)
+    shards = next(damaged.glob("*.distcp"))
+    rewrite(damaged, shards.name, bytes(shards.stat().st_size))
+    contents = read_contents(damaged)
+    with pytest.raises(UserError, match=rf"^{damaged}: embedding.weight cannot be read: .+"):
+        merge(contents, tmp_path / "new.safetensors")
+    (tmp_path / "old.safetensors").write_text("good")
+    with pytest.raises(UserError, match=r"old.safetensors exists; allowed: a file that does not$"):
+        merge(contents, tmp_path / "old.safetensors")
+    with pytest.raises(UserError, match=r"nowhere/new.safetensors: No such file or directory$"):
+        merge(contents, tmp_path / "nowhere" / "new.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {small.name, "old.safetensors"}
+
+
+def test_inspect_says_what_is_there(gathered):
+    config, expected = gathered
+    newest = checkpoints(config.run)[-1]
+    shown = CliRunner().invoke(app, ["checkpoint", "inspect", str(config.run)])
+    assert shown.exit_code == 0, shown.output
+    count = sum(tensor.numel() for tensor in expected.values())
+    for text in (
+        f"{newest}\n  step        1: 4 samples, 256 tokens\n",
+        "on          4 ranks: dp 1 x cp 1 x tp 2 x pp 2 x ep 1, contiguous\n  precision   fp64\n  pattern     M-MEM-*E\n",
+        f"model       {count:,} parameters",
+        "files       8, ",
+    ):
+        assert text in shown.output
+    rows = {row.split()[0]: row.split()[1:] for row in shown.output.splitlines() if row.startswith((" layers", " embedding"))}
+    assert rows["embedding"][:3] == ["float64", "1", "9,216"]
+    assert rows["layers.3"][:3] == ["attention,", "moe", "float64"]
+    lines = CliRunner().invoke(app, ["checkpoint", "inspect", str(newest), "--all"]).output
+    rows = {row.split()[0]: " ".join(row.split()[1:]) for row in lines.splitlines() if row.split()}
+    assert expected.keys() <= rows.keys()
+    # Cut over tp alone.
+    (experts,) = (rows[name] for name in expected if name.startswith("layers.1.") and name.endswith("gate_proj"))
+    assert experts.startswith("4 x 16 x 32 float64 2 2,048 16 KiB 32 KiB")
+
+
+def test_inspect_reads_no_tensor_and_names_damage(small, tmp_path):
+    damaged = shutil.copytree(small, tmp_path / small.name)
+    shards = next(damaged.glob("*.distcp"))
+    rewrite(damaged, shards.name, bytes(shards.stat().st_size))
+    assert CliRunner().invoke(app, ["checkpoint", "inspect", str(damaged)]).exit_code == 0
+    rewrite(damaged, ".metadata", b"nonsense")
+    shown = CliRunner().invoke(app, ["checkpoint", "inspect", str(damaged)])
+    assert shown.exit_code == 1
+    assert shown.stderr == f"error: {damaged}: config.yaml or .metadata is damaged, or of another version of baton or torch\n"
+    shards.write_bytes(b"")
+    shown = CliRunner().invoke(app, ["checkpoint", "inspect", str(damaged)])
+    assert shown.stderr.startswith(f"error: {damaged} is truncated: {shards.name} has 0 bytes where ")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from baton.configs.errors import UserError
 from baton.configs.schema import OptimizerConfig, ScheduleConfig
 from baton.launcher.environment import Environment
-from baton.launcher.training.checkpoint import read_manifest
+from baton.launcher.checkpoints.manifest import read_manifest
 from baton.launcher.training.loop import run_training
 from baton.launcher.training.metrics import read_metrics
 from baton.launcher.training.optimizer import build_optimizer, learning_rate

@@ -5,6 +5,12 @@ import torch
 
 from baton.launcher.verification.batch import Share, draw_batch
 from baton.launcher.verification.verdict import QUANTITIES
+from baton.models.mixers.attention import Attention
+from baton.models.mixers.mamba2 import StateSpace
+from baton.models.mlp import MLP
+from baton.models.parallelize import shard_sequence, shard_tensors
+from baton.models.stages import build_stages
+from baton.parallel.mesh import AXES, build_mesh
 from helpers import compare, tiny_config
 
 MESHES = {
@@ -49,26 +55,23 @@ def test_fp32_is_as_good_as_one_device(pool, mesh, layout, groups):
 
 def dtypes_inside_forward(rank, config):
     """The dtypes that modules meet under the precision policy: parameters by name, and the residual stream."""
-    from baton.models.parallelize import build_sharded_model
-    from baton.parallel.mesh import build_mesh
-
-    device, mesh = torch.device("cpu"), build_mesh(config.parallel, "cpu")
-    model = build_sharded_model(config, mesh, device)
+    mesh, device = build_mesh(config.parallel, "cpu"), torch.device("cpu")
+    stages = build_stages(config, mesh, device)
     seen = {}
 
     def look(path):
         def hook(module, args):
             seen.update({f"{path}.{name}": p.dtype for name, p in module.named_parameters(recurse=False)})
-            seen[path] = next((a.dtype for a in args if isinstance(a, torch.Tensor)), None)
+            seen[path] = next((a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()), None)
 
         return hook
 
-    for path, module in model.named_modules():
+    for path, module in (named for model in stages.models for named in model.named_modules()):
         module.register_forward_pre_hook(look(path))
-    share = Share.of(mesh, config.parallel.layout)[mesh.rank("dp_cp")]
-    losses = model(*draw_batch(config, config.parallel.segments).inputs(share, device))
-    (losses.cross_entropy + losses.auxiliary).backward()
-    seen["loss"] = losses.cross_entropy.dtype
+    batch = draw_batch(config, config.parallel.segments)
+    share = Share.of(mesh, config.parallel)[mesh.rank("dp_cp")]
+    losses = stages.forward_backward(batch.micro_steps(share, device), torch.tensor(batch.labelled))
+    seen["gradients"] = {p.grad.dtype for p in stages.parameters()}
     return seen
 
 
@@ -84,18 +87,14 @@ def test_bf16_keeps_what_must_be_fp32(pool):
 
 
 def build_without_positions(rank, config):
-    from baton.models.parallelize import build_sharded_model
-    from baton.parallel.mesh import build_mesh
-
-    model = build_sharded_model(config, build_mesh(config.parallel, "cpu"), torch.device("cpu"))
+    mesh = build_mesh(config.parallel, "cpu")
+    (model,) = build_stages(config, mesh, torch.device("cpu")).models
     with pytest.raises(ValueError, match="needs positions"):
         model(torch.zeros(1, 8, dtype=torch.int64))
-    for layer in model.layers:
+    for layer in model.layers.values():
         layer.mixer.sequence_sharded = False
-    from baton.models.parallelize import shard_sequence
-
     with pytest.raises(ValueError, match="mixer mamba2 has no sharded version"):
-        shard_sequence(model, config, build_mesh(config.parallel, "cpu"), torch.device("cpu"))
+        shard_sequence(model, config, mesh)
 
 
 def test_what_would_be_silently_wrong_is_refused(pool):
@@ -104,18 +103,13 @@ def test_what_would_be_silently_wrong_is_refused(pool):
 
 def refused_tables(rank, config):
     """A parameter that no table names, and one whose rows do not divide."""
-    from baton.models.mixers.mamba2 import StateSpace
-    from baton.models.mlp import MLP
-    from baton.models.parallelize import shard_tensors
-    from baton.parallel.mesh import build_mesh
-
     mesh = build_mesh(config.parallel, "cpu")
-    forgotten = MLP(config.model)
+    forgotten = MLP(config.model.d_model, config.model.mlp.hidden)
     forgotten.bias = torch.nn.Parameter(torch.zeros(4))
     with pytest.raises(ValueError, match="MLP.bias is in no sharding table"):
-        shard_tensors(forgotten, mesh)
+        shard_tensors(forgotten, mesh, sequence_parallel=False)
     with pytest.raises(ValueError, match="StateSpace.A_log: 3 pieces do not divide over tp 2"):
-        shard_tensors(StateSpace(3, 8), mesh)
+        shard_tensors(StateSpace(3, 8), mesh, sequence_parallel=False)
 
 
 def test_tables_that_do_not_fit_are_refused(pool):
@@ -124,13 +118,8 @@ def test_tables_that_do_not_fit_are_refused(pool):
 
 def wired(rank, config):
     """What the config has made of the model, and how long its groups wait."""
-    from baton.models.mixers.attention import Attention
-    from baton.models.mixers.mamba2 import StateSpace
-    from baton.models.parallelize import build_sharded_model
-    from baton.parallel.mesh import AXES, build_mesh
-
     mesh = build_mesh(config.parallel, "cpu")
-    modules = list(build_sharded_model(config, mesh, torch.device("cpu")).modules())
+    modules = list(build_stages(config, mesh, torch.device("cpu")).models[0].modules())
     scans = {(m.scan.strategy, m.scan.transport) for m in modules if isinstance(m, StateSpace)}
     groups = [mesh.states, *(mesh.group(axis) for axis in AXES)]
     limits = {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}

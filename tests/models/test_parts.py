@@ -184,8 +184,9 @@ def test_tokens_do_not_see_what_comes_after():
     ids = torch.randint(0, 64, (1, 20), generator=torch.Generator().manual_seed(2))
     changed = ids.clone()
     changed[0, 12] = (ids[0, 12] + 1) % 64
-    before, after = model(ids), model(changed)
-    assert torch.equal(before[:, :12], after[:, :12])
+    before, after = model(ids).detach(), model(changed).detach()
+    # Not bit for bit: an expert's product rounds by its number of rows.
+    assert relative_error(after[:, :12], before[:, :12]) <= 1e-14
     assert not torch.allclose(before[:, 12:], after[:, 12:])
 
 

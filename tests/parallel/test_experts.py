@@ -100,7 +100,7 @@ def same(found, reference):
 
 CASES = {
     (1, 1): [([SOME], 3)],
-    (2, 2): [([SOME, SOME], 2), ([SOME, FEW], 6), ([NONE, ONE_EXPERT], 4), ([NONE, NONE], 2)],
+    (2, 2): [([SOME, SOME], 2), ([SOME, SOME], 6), ([SOME, FEW], 8), ([NONE, ONE_EXPERT], 4), ([NONE, NONE], 2)],
     (4, 4): [
         ([SOME, SOME, SOME, SOME], 8),
         ([FEW, NONE, SOME, FEW], 4),

@@ -140,13 +140,15 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """x [b, l, d], weights and chosen experts [b, l, k] -> [b, l, d]."""
         routing, counts, kept = self._route(chosen)
-        rows = permute(x.flatten(0, 1), routing)[:kept]
-        row_weights = weights.flatten().index_select(0, routing.order[:kept])
+        rows, order = permute(x.flatten(0, 1), routing), routing.order
+        if kept is not None:
+            rows, order = rows[:kept], order[:kept]
+        row_weights = weights.flatten().index_select(0, order)
         if self.exchange is None:
             y, shared = self.stacked(rows, row_weights, counts), None if self.shared is None else self.shared(x)
         else:
             y, shared = self._on_other_ranks(self.exchange, rows, row_weights, counts, x)
-        if len(y) < len(routing.order):
+        if kept is not None:
             y = F.pad(y, (0, 0, 0, len(routing.order) - len(y)))
         y = unpermute(y, routing).view_as(x)
         return y if shared is None else y + shared

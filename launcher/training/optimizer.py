@@ -55,7 +55,7 @@ def find_apex() -> Any:
 
 def _obstacle(parameters: list[nn.Parameter]) -> str | None:
     """Why apex cannot step these parameters."""
-    if not all(p.is_cuda for p in parameters):
+    if any(p.device.type != "cuda" for p in parameters):
         return "its FusedAdam runs on GPUs alone"
     if any(p.dtype == torch.float64 for p in parameters):
         return "its FusedAdam does not compute in precision fp64"

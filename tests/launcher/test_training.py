@@ -3,19 +3,18 @@
 import json
 import math
 import shutil
-from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from baton.configs.errors import UserError
-from baton.configs.schema import OptimizerConfig, ScheduleConfig
-from baton.launcher.environment import Environment
 from baton.launcher.checkpoints.manifest import read_manifest
-from baton.launcher.training.loop import run_training
+from baton.launcher.environment import Environment
+from baton.launcher.training.diagnosis import first_bad_gradient, first_bad_output
+from baton.launcher.training.loop import Trainer, run_training
 from baton.launcher.training.metrics import read_metrics
-from baton.launcher.training.optimizer import build_optimizer, learning_rate
 from baton.launcher.training.profile import check_profile_folder
 from baton.launcher.training.run_folder import checkpoints
 from baton.launcher.training.token_files import prepare
@@ -58,36 +57,145 @@ def test_a_resumed_run_is_bit_identical(pool, tmp_path, text, degree):
     assert len(losses(straight)) == 6
 
 
-@pytest.mark.parametrize(
-    "options", [["parallel.cp=4"], ["parallel.cp=2", "parallel.tp=2"], ["parallel.cp=2", "parallel.dp=2"]], ids=str
-)
-def test_every_mesh_learns_the_same(pool, tmp_path, text, options):
-    """Six AdamW steps in fp64 with two micro-steps of two sequences; the loss falls, and no mesh changes it."""
-    common = ["precision=fp64", "batch={sequences: 4, micro_steps: 2}", "optimizer.lr=1e-2"]
-    alone = small_run(tmp_path, common, text, 1, "alone")
-    mesh = small_run(tmp_path, [*common, *options], text, 4, "mesh")
-    assert pool.run(1, train, alone) == [None]
-    assert pool.run(4, train, mesh) == [None] * 4
-    reference, found = losses(alone), losses(mesh)
-    assert reference[6][0] < reference[1][0] - 0.3
-    for step, values in reference.items():
-        assert found[step] == pytest.approx(values, rel=1e-9)
+STEPS = 3
+COMMON = {
+    "one document": [
+        "batch={sequences: 4, micro_steps: 2}",
+        "model.moe.bias_rate=0.05",
+        "model.tied_embeddings=true",
+    ],
+    "packed": [
+        "batch={sequences: 8, micro_steps: 4}",
+        "data.documents=packed",
+        "model.moe={bias_rate: 0.05, balance: pooled, z_loss: 0.01, shared_hidden: 16}",
+    ],
+}
+MESHES = {
+    "cp4": ("one document", 4, ["parallel.cp=4"], "dp 1 x cp 4 x tp 1, zigzag, cpu"),
+    "dp2 cp2 of two copies": (
+        "one document",
+        4,
+        ["parallel={dp: 2, cp: 2, ep: 2, replicate: 2, zero: 2}"],
+        "dp 2 x cp 2 x tp 1, ep 2, replicate 2, zigzag, cpu",
+    ),
+    "tp2 cp2 pp2": (
+        "packed",
+        8,
+        ["parallel={tp: 2, cp: 2, pp: 2, layout: contiguous}", "model.pattern=M-|MEM-*E"],
+        "pp 2 x dp 1 x cp 2 x tp 2, contiguous, cpu",
+    ),
+    "interleaved": (
+        "packed",
+        4,
+        ["parallel={pp: 2, dp: 2, ep: 2, schedule: interleaved_1f1b, stages_per_rank: 2}"],
+        "pp 2 x dp 2 x cp 1 x tp 1, ep 2, zigzag, cpu",
+    ),
+    "sequence_parallel": (
+        "one document",
+        4,
+        ["parallel={tp: 2, pp: 2, cp: 1, sequence_parallel: true}"],
+        "pp 2 x dp 1 x cp 1 x tp 2, sequence_parallel, zigzag, cpu",
+    ),
+}
+
+
+def trainer_of(rank, config):
+    return Trainer(config, Environment(rank, dist.get_world_size(), torch.device("cpu")))
+
+
+class Learned(NamedTuple):
+    steps: list[list[float]]  # loss, auxiliary loss and norm
+    expert_tokens: list[dict[str, list[int]]]  # of each step
+    validation: float
+    biases: dict[str, list[float]]  # of experts on this rank
+    continued: str
+    description: str
+
+
+def learn(rank, config):
+    trainer = trainer_of(rank, config)
+    description = trainer.describe()
+    steps, expert_tokens = [], []
+    for _ in range(STEPS):
+        metrics = trainer.step()
+        steps.append([metrics[key] for key in ("loss", "auxiliary_loss", "grad_norm")])
+        expert_tokens.append(trainer.expert_tokens())
+    biases = {name: bias.tolist() for name, bias in trainer.stages.named_buffers()}
+    return Learned(steps, expert_tokens, trainer.validate(), biases, trainer.continue_prompt(), description)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of runs on one corpus of short documents."""
+    folder = tmp_path_factory.mktemp("runs")
+    lines = (json.dumps({"text": f"{i} squared is {i * i}"}) for i in range(900))
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    prepare(learning(folder, "one document", []))
+    return folder
+
+
+def learning(folder, common, options, world=1):
+    """Clipped all along, at a rate that moves the choice of experts."""
+    fixed = ["precision=fp64", "optimizer={lr: 1e-2, clip: 0.1}"]
+    return small_run(folder, [*fixed, *COMMON[common], *options], folder / "text.jsonl", world)
+
+
+@pytest.fixture(scope="module")
+def alone(pool, folder):
+    """Of one rank."""
+    return {common: pool.run(1, learn, learning(folder, common, []))[0] for common in COMMON}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_learns_the_same(pool, folder, alone, mesh):
+    """Three AdamW steps: losses, norms, tokens by expert, the experts' biases, validation, and what follows a prompt."""
+    common, world, options, description = MESHES[mesh]
+    expected = alone[common]
+    biases = {}
+    for found in pool.run(world, learn, learning(folder, common, options, world)):
+        torch.testing.assert_close(found.steps, expected.steps, rtol=1e-9, atol=0)
+        assert found.expert_tokens == expected.expert_tokens
+        assert found.validation == pytest.approx(expected.validation, rel=1e-9)
+        assert found.continued == expected.continued
+        assert f"{world} ranks ({description})" in found.description
+        biases |= found.biases
+    assert set(biases) == set(expected.biases)
+    for name, values in biases.items():
+        assert values == pytest.approx(expected.biases[name], rel=1e-12)
+
+
+@pytest.mark.parametrize("common", COMMON)
+def test_what_is_compared_tells_meshes_apart(alone, folder, common):
+    """Every step is clipped and changes the loss; every token counts top_k times in each step; biases have moved, not all alike."""
+    found, config = alone[common], learning(folder, common, [])
+    assert len({loss for loss, _, _ in found.steps}) == STEPS
+    assert all(norm > 2 * config.optimizer.clip for _, _, norm in found.steps)
+    tokens = config.batch.sequences * config.data.context * config.model.moe.top_k
+    assert [{layer: sum(counts) for layer, counts in step.items()} for step in found.expert_tokens] == [
+        {"layers.1": tokens, "layers.3": tokens}
+    ] * STEPS
+    assert set(found.biases) == {"layers.1.feed_forward.bias", "layers.3.feed_forward.bias"}
+    for layer in ("layers.1", "layers.3"):
+        moved = torch.tensor([step[layer] for step in found.expert_tokens], dtype=torch.float64)
+        expected = 0.05 * (moved.mean(1, keepdim=True) - moved).sign().sum(0)
+        assert expected.abs().max() > 0
+        assert found.biases[f"{layer}.feed_forward.bias"] == pytest.approx(expected.tolist())
 
 
 def first_step(rank, config):
-    from baton.launcher.training.loop import Trainer
-
-    trainer = Trainer(config, Environment(rank, dist.get_world_size(), torch.device("cpu")))
+    trainer = trainer_of(rank, config)
     samples = [trainer.train_data.samples[i] for i in range(config.batch.sequences)]
-    return torch.stack(samples), trainer.step()
+    return torch.stack(samples), trainer.step(), trainer.expert_tokens()
 
 
 def test_a_step_is_its_definition(pool, tmp_path, text):
-    """Loss and gradient norm of two micro-steps: all tokens weigh the same, and so do the micro-steps' auxiliary losses."""
+    """Of two micro-steps: all tokens weigh the same in the loss, and so do the micro-steps' auxiliary losses."""
     config = small_run(tmp_path, ["precision=fp64", "batch={sequences: 4, micro_steps: 2}", "model.moe.aux_loss=1.0"], text)
     prepare(config)
-    samples, metrics = pool.run(1, first_step, config)[0]
+    samples, metrics, expert_tokens = pool.run(1, first_step, config)[0]
     model = build_model(config.model, config.seed, torch.float64)
+    chosen = []
+    model.layers["3"].feed_forward.router.register_forward_hook(lambda module, args, logits: chosen.append(logits.topk(2).indices))
     parts = [model(part[:, :-1], part[:, 1:]) for part in samples.chunk(2)]
     cross_entropy = sum(part.cross_entropy for part in parts) / (4 * config.data.context)
     auxiliary = sum(part.auxiliary for part in parts) / 2
@@ -96,13 +204,12 @@ def test_a_step_is_its_definition(pool, tmp_path, text):
     assert metrics["loss"] == pytest.approx(cross_entropy.item(), rel=1e-12)
     assert metrics["auxiliary_loss"] == pytest.approx(auxiliary.item(), rel=1e-12)
     assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-10)
+    assert expert_tokens["layers.3"] == torch.cat(chosen).flatten().bincount(minlength=4).tolist()
 
 
 def save_and_load(rank, config):
     """The random state and every tensor of the optimizer, saved, spoilt, loaded: what differs then."""
-    from baton.launcher.training.loop import Trainer
-
-    trainer = Trainer(config, Environment(rank, dist.get_world_size(), torch.device("cpu")))
+    trainer = trainer_of(rank, config)
     trainer.step()
     torch.rand(rank + 3)
     expected = torch.get_rng_state()
@@ -132,10 +239,14 @@ def test_a_checkpoint_has_optimizer_and_random_state(pool, tmp_path, text):
 @pytest.mark.slow
 def test_fp32_training_is_the_same_on_any_mesh(pool, tmp_path, text):
     """Twenty AdamW steps, B and C shared by the tp ranks: the losses differ by less than 1e-4."""
-    common = ["model.mamba2.groups=1", "schedule.steps=20", "evaluation.every=100", "checkpoint.every=100"]
-    meshes = {1: [], 4: ["parallel.cp=4", "parallel.layout=zigzag"], 2: ["parallel.cp=2", "parallel.tp=2"]}
-    runs = [small_run(tmp_path, [*common, *extra], text, 1 if not extra else 4, f"run-{name}") for name, extra in meshes.items()]
-    for config, world in zip(runs, (1, 4, 4), strict=True):
+    common = ["batch.micro_steps=2", "model.mamba2.groups=1", "schedule.steps=20", "evaluation.every=100", "checkpoint.every=100"]
+    meshes = {"alone": [], "cp4": ["parallel.cp=4", "parallel.layout=zigzag"], "pp2tp2": ["parallel={pp: 2, tp: 2}"]}
+    worlds = [1, 4, 4]
+    runs = [
+        small_run(tmp_path, [*common, *extra], text, world, name)
+        for (name, extra), world in zip(meshes.items(), worlds, strict=True)
+    ]
+    for config, world in zip(runs, worlds, strict=True):
         assert pool.run(world, train, config) == [None] * world
     reference = losses(runs[0])
     assert len(reference) == 20
@@ -145,20 +256,65 @@ def test_fp32_training_is_the_same_on_any_mesh(pool, tmp_path, text):
 
 
 def bad_gradient(rank, config):
-    from baton.launcher.training.loop import Trainer
+    trainer = trainer_of(rank, config)
+    micro_steps = list(trainer.train_data.step(0))
+    trainer.stages.forward_backward(micro_steps, torch.tensor(64))
+    found = [first_bad_output(trainer.stages, micro_steps)]
+    for name, p in trainer.stages.named_parameters():
+        if name == "layers.1.feed_forward_norm.weight":
+            local_part(p.grad).fill_(float("inf"))
+    return [*found, first_bad_gradient(trainer.stages)]
 
-    trainer = Trainer(config, Environment(rank, dist.get_world_size(), torch.device("cpu")))
-    batches = list(trainer.train_data.step(0))
-    trainer._accumulate_gradients(batches, torch.tensor(64))
-    found = [trainer._first_bad_output(batches)]
-    local_part(trainer.model.layers[1].feed_forward_norm.weight.grad).fill_(float("inf"))
-    return [*found, trainer._first_bad_gradient()]
 
-
-def test_the_group_with_a_bad_gradient_is_named(pool, tmp_path, text):
-    config = small_run(tmp_path, ["parallel.cp=2"], text, 2)
+@pytest.mark.parametrize("degrees", ["cp: 2", "pp: 2, cp: 1"])
+def test_the_part_with_a_bad_gradient_is_named(pool, tmp_path, text, degrees):
+    config = small_run(tmp_path, [f"parallel={{{degrees}}}", "batch.micro_steps=2"], text, 2)
     prepare(config)
     assert pool.run(2, bad_gradient, config) == [[None, "the gradients of layers.1.feed_forward_norm"]] * 2
+
+
+def step_with_bad_weight(rank, config):
+    trainer = trainer_of(rank, config)
+    for name, p in trainer.stages.named_parameters():
+        if name == "layers.3.mixer.o_proj.weight":
+            local_part(p.detach()).fill_(float("nan"))
+    with pytest.raises(UserError) as stopped:
+        trainer.step()
+    return str(stopped.value)
+
+
+def test_a_bad_weight_of_the_last_stage_stops_all(pool, tmp_path, text):
+    config = small_run(tmp_path, ["parallel={pp: 2, cp: 2}", "batch.micro_steps=2"], text, 4)
+    prepare(config)
+    where = "not finite first in the output of layers.3.mixer (attention)"
+    assert pool.run(4, step_with_bad_weight, config) == [f"step 1: the loss is nan: {where}; no checkpoint was written before"] * 4
+
+
+def step_in(rank, config):
+    """The first loss, and the types of parameters and gradients."""
+    trainer = trainer_of(rank, config)
+    dtypes = set()
+    forward_backward = trainer.stages.forward_backward
+
+    def watched(*args):
+        losses = forward_backward(*args)
+        dtypes.update((p.dtype, p.grad.dtype) for p in trainer.stages.parameters())
+        return losses
+
+    trainer.stages.forward_backward = watched
+    return trainer.step()["loss"], dtypes
+
+
+def test_bf16_computes_alone(pool, tmp_path, text):
+    """Parameters and the sums of their gradients are fp32; the loss is near that in fp32."""
+    configs = [
+        small_run(tmp_path, ["parallel={pp: 2, cp: 2}", "batch.micro_steps=2", f"precision={p}"], text, 4) for p in ("fp32", "bf16")
+    ]
+    prepare(configs[0])
+    (exact, _), *_ = pool.run(4, step_in, configs[0])
+    for loss, dtypes in pool.run(4, step_in, configs[1]):
+        assert dtypes == {(torch.float32, torch.float32)}
+        assert 0 < abs(loss - exact) < 0.05
 
 
 def test_a_resumed_run_keeps_to_its_config(pool, tmp_path, text):
@@ -172,9 +328,7 @@ def test_a_resumed_run_keeps_to_its_config(pool, tmp_path, text):
 
 
 def resumed_settings(rank, config):
-    from baton.launcher.training.loop import Trainer
-
-    trainer = Trainer(config, Environment(rank, dist.get_world_size(), torch.device("cpu")))
+    trainer = trainer_of(rank, config)
     trainer.resume()
     group = trainer.optimizer.param_groups[0]
     return tuple(group["betas"]), group["weight_decay"]
@@ -231,26 +385,6 @@ def test_checkpoints_that_cannot_be_used_say_why(pool, tmp_path, text):
     tokenizer = config.data.folder / "tokenizer.json"
     tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | {"truncation": None}, indent=7))
     assert "another tokenizer" in pool.run(1, train, config, True)[0]
-
-
-def test_vectors_are_not_decayed():
-    config = small_run(Path("nowhere"), [], None)
-    model = build_model(config.model, 0)
-    decayed, kept = (group["params"] for group in build_optimizer(model, OptimizerConfig(weight_decay=0.3)).param_groups)
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert {names[id(p)].rsplit(".", 1)[-1] for p in kept} == {"A_log", "D", "dt_bias", "x_bias", "bc_bias", "weight"}
-    assert all("norm" in names[id(p)] for p in kept if names[id(p)].endswith("weight"))
-    assert len(decayed) + len(kept) == len(names)
-
-
-def test_learning_rate():
-    schedule = ScheduleConfig(steps=11, warmup=2, decay="linear", final=0.2)
-    rates = [learning_rate(step, 1.0, schedule) for step in range(11)]
-    assert rates[:3] == [0.5, 1.0, 1.0]
-    assert rates[6] == pytest.approx(0.6)
-    assert rates[10] == pytest.approx(0.2)
-    assert learning_rate(10, 1.0, schedule.model_copy(update={"decay": "cosine"})) == pytest.approx(0.2)
-    assert learning_rate(10, 1.0, schedule.model_copy(update={"decay": "constant"})) == 1.0
 
 
 def profile(rank, config, folder):

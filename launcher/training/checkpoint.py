@@ -162,6 +162,13 @@ class _Writer(FileSystemWriter):
             left.unlink()
         return super().prepare_global_plan(plans)
 
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
+        """Writes this rank's tensors. Raises OSError also where PyTorch's file format fails over it and says something else."""
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise _first_cause(error) from None
+
     def finish(self, metadata: dcp.Metadata, results: list[list[Any]]) -> None:
         """Gives the checkpoint its manifest and its name."""
         super().finish(metadata, results)
@@ -189,6 +196,14 @@ def _writing(target: Path) -> Iterator[None]:
         if dist.get_rank() == 0:
             shutil.rmtree(target.with_name(target.name + PARTIAL), ignore_errors=True)
         raise UserError(f"{target}: cannot be written: {_reason(error)}") from None
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The OSError that an error came of while it was handled, or the error."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, OSError):
+        seen = seen.__context__
+    return seen or error
 
 
 def _group_beside_training() -> dist.ProcessGroup:

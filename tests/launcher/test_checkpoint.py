@@ -1,11 +1,11 @@
 """Checkpoints reshard: what any mesh saves any other goes on with; written beside training, looked into, merged."""
 
-import errno
 import json
 import re
 import shutil
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ import torch.distributed as dist
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor
 from typer.testing import CliRunner
 
@@ -68,6 +68,8 @@ def train(rank, config, last, load=None, forget=()):
         for key in forget:
             local_part(state[key]).zero_()
     metrics = [trainer.step() for _ in range(trainer.done, last)]
+    # With zero 2 this leaves whole parameters behind.
+    trainer.validate()
     trainer.save()
     trainer.checkpointer.finish()
     return torch.tensor([(step["loss"], step["grad_norm"]) for step in metrics], dtype=torch.float64)
@@ -189,10 +191,10 @@ def test_asynchronous_saves_are_the_same(pool, runs):
 def save_on_a_full_disk(rank, config):
     """Three saves, of which the second fails on rank 1: its error, what is there then, and what after the third."""
     trainer, message, there = trainer_of(rank, config), None, []
-    write_data = FileSystemWriter.write_data
+    create_stream = FileSystem.create_stream
     for number in (1, 2, 3):
         if (rank, number) == (1, 2):
-            FileSystemWriter.write_data = disk_is_full
+            FileSystem.create_stream = on_a_full_disk
         try:
             trainer.step()
             trainer.save()
@@ -200,15 +202,18 @@ def save_on_a_full_disk(rank, config):
         except UserError as error:
             message = str(error)
         finally:
-            FileSystemWriter.write_data = write_data
+            FileSystem.create_stream = create_stream
         dist.barrier()
         there.append(sorted(path.name for path in (config.run / "checkpoints").iterdir()))
         dist.barrier()
     return message, there
 
 
-def disk_is_full(*args):
-    raise OSError(errno.ENOSPC, "No space left on device")
+@contextmanager
+def on_a_full_disk(self, path, mode):
+    """In place of DCP's way to open a file."""
+    with open("/dev/full", mode) as stream:
+        yield stream
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
@@ -218,6 +223,24 @@ def test_a_full_disk_ends_all_ranks_and_costs_no_older_checkpoint(pool, runs, as
     for message, there in pool.run(2, save_on_a_full_disk, config):
         assert message == f"{config.run}/checkpoints/step-00000002: cannot be written: [Errno 28] No space left on device"
         assert there == [["step-00000001"], ["step-00000001"], ["step-00000003"]]
+
+
+def save_on_hosts_of_their_own(rank, config):
+    """What every rank says where each has its files in a folder that others do not see."""
+    trainer = trainer_of(rank, config.model_copy(update={"run": config.run / str(rank)}))
+    trainer.step()
+    trainer.save()
+    try:
+        trainer.checkpointer.finish()
+    except UserError as error:
+        return str(error).partition(": cannot be written: ")[2]
+
+
+def test_hosts_that_share_no_folder_are_told(pool, runs):
+    message = (
+        "1 of 2 files, such as __1_0.distcp, are on another host; allowed: a run's folder on a file system that all hosts share"
+    )
+    assert pool.run(2, save_on_hosts_of_their_own, config_of(runs, "hosts", "cp2")) == [message] * 2
 
 
 def save_and_find_threads(rank, config):

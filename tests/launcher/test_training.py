@@ -338,7 +338,7 @@ def test_what_a_run_leaves(pool, tmp_path, text):
     config = small_run(tmp_path, [], text)
     pool.run(1, train, config)
     assert [path.name for path in checkpoints(config.run)] == ["step-00000004", "step-00000006"]
-    assert {"config.yaml", "metrics.jsonl", "loss.png", "tensorboard", "checkpoints"} == {p.name for p in config.run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "loss.png", "experts.png", "tensorboard", "checkpoints"} == {p.name for p in config.run.iterdir()}
     assert [line["step"] for line in read_metrics(config.run) if "validation_loss" in line] == [0, 3, 6]
     newest = checkpoints(config.run)[-1]
     assert {"config.yaml", "tokenizer.json", "manifest.json", ".metadata"} <= {path.name for path in newest.iterdir()}

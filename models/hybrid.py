@@ -105,8 +105,14 @@ class HybridModel(nn.Module):
 
     def tie(self) -> None:
         """Makes the embedding's matrix that of the projection, where the config ties them and both are here."""
-        if self.config.tied_embeddings and self.embedding and self.head:
-            self.head.projection.weight = self.embedding.weight
+        if ends := self.tied_ends():
+            ends[1].projection.weight = ends[0].weight
+
+    def tied_ends(self) -> tuple[Embedding, Head] | tuple[()]:
+        """The two parts that share a matrix, if they do."""
+        if not self.config.tied_embeddings or self.embedding is None or self.head is None:
+            return ()
+        return self.embedding, self.head
 
     def forward(
         self,

@@ -51,14 +51,19 @@ def build_stage(
     model.strategies = strategies
     shard_sequence(model, config, mesh)
     spread_experts(model, config, mesh)
-    parts = model.parts()
+    parts, tied = model.parts(), []
     for name, part in parts.items():
         part.to_empty(device=device)
         initialize_part(part, name, config.model, config.seed)
         shard_tensors(part, mesh, config.parallel.sequence_parallel)
-    model.tie()
-    for modules in _fsdp_units(model, parts):
-        shard_data(modules, mesh, config)
+        if part in model.tied_ends():
+            tied.append(part)
+        else:
+            shard_data([part], mesh, config)
+    if tied:
+        # A matrix that two modules share has to be in one unit.
+        model.tie()
+        shard_data(tied, mesh, config)
     fully_shard_summing(model, mesh.data, MixedPrecisionPolicy(), free=False)
     _prefetch(parts)
     return model
@@ -163,14 +168,6 @@ def shard_tensors(part: nn.Module, mesh: Mesh, sequence_parallel: bool) -> None:
         end.shards = VocabularyShards(mesh.group("tp"), sequence_parallel)
 
 
-def _fsdp_units(model: HybridModel, parts: dict[str, nn.Module]) -> list[list[nn.Module]]:
-    """Modules whose parameters FSDP gathers together; a matrix that two of them share is in one unit."""
-    if not (model.config.tied_embeddings and model.first and model.last):
-        return [[part] for part in parts.values()]
-    ends = [parts["embedding"], parts["head"]]
-    return [ends, *([part] for part in parts.values() if part not in ends)]
-
-
 def shard_data(modules: Sequence[nn.Module], mesh: Mesh, config: Config) -> None:
     """FSDP of a unit over dp and cp together, of experts spread over ep over the ranks that hold the same.
 
@@ -248,8 +245,6 @@ def _plan(split: Split | SplitGroups | SplitExperts, shape: torch.Size, mesh: Me
     over, placements = mesh.tensor, [Shard(dim)]
     if isinstance(split, SplitExperts) and mesh.size("ep") > 1:
         over, placements = mesh.expert_tensor, [Shard(0), Shard(dim)]
-        if shape[0] % mesh.size("ep"):
-            raise ValueError(f"{shape[0]} experts do not divide over ep {mesh.size('ep')}")
     return over, [*placements], lambda p: p.to_local(grad_placements=placements)
 
 

@@ -1,6 +1,5 @@
 """The device mesh: named axes over all ranks and the groups made from them, handed on explicitly."""
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -93,30 +92,26 @@ def _lay_out(sizes: Degrees, replicate: int, device_type: str) -> Mesh:
     copies = world // (sizes.pp * tokens * sizes.tp)
     # FSDP wants all meshes of a parameter to come of one.
     flat = init_device_mesh(device_type, (world,), mesh_dim_names=("world",))
-
-    def arranged(**lengths: int) -> DeviceMesh:
-        lengths = {"copies": copies, **lengths}
-        assert math.prod(lengths.values()) == world
-        return flat._unflatten(0, tuple(lengths.values()), tuple(lengths))
-
-    dense = arranged(pp=sizes.pp, dp=sizes.dp, cp=sizes.cp, tp=sizes.tp)
-    alike = tokens // replicate // sizes.ep
-    experts = arranged(pp=sizes.pp, replicate=replicate, edp_shard=alike, ep=sizes.ep, tp=sizes.tp)
+    dense = flat._unflatten(0, (copies, sizes.pp, sizes.dp, sizes.cp, sizes.tp), ("copies", *AXES))
     axes = {axis: dense[axis] for axis in AXES}
-    axes["dp_cp"] = arranged(pp=sizes.pp, dp_cp=tokens, tp=sizes.tp)["dp_cp"]
-    axes["dp_cp_tp"] = arranged(pp=sizes.pp, dp_cp_tp=tokens * sizes.tp)["dp_cp_tp"]
-    axes["pp_dp_cp"] = arranged(pp_dp_cp=sizes.pp * tokens, tp=sizes.tp)["pp_dp_cp"]
+    axes["dp_cp"] = dense["dp", "cp"]._flatten("dp_cp")
+    axes["dp_cp_tp"] = dense["dp", "cp", "tp"]._flatten("dp_cp_tp")
+    axes["pp_dp_cp"] = dense["pp", "dp", "cp"]._flatten("pp_dp_cp")
+    # Of the part that is cut anew alone: every axis that a mesh is made with costs groups, even a second one of the same ranks.
+    alike = tokens // replicate // sizes.ep
+    experts = axes["dp_cp"]._unflatten(0, (replicate, alike, sizes.ep), ("replicate", "edp_shard", "ep"))
     axes["ep"] = experts["ep"]
-    axes["edp"] = arranged(pp=sizes.pp, edp=alike * replicate, ep=sizes.ep, tp=sizes.tp)["edp"]
+    axes["edp"] = experts["edp_shard"] if replicate == 1 else experts["replicate", "edp_shard"]._flatten("edp")
     data, expert_data = axes["dp_cp"], axes["edp"]
     if replicate > 1:
-        shards = arranged(pp=sizes.pp, replicate=replicate, dp_cp_shard=tokens // replicate, tp=sizes.tp)
-        data, expert_data = shards["replicate", "dp_cp_shard"], experts["replicate", "edp_shard"]
+        data = axes["dp_cp"]._unflatten(0, (replicate, tokens // replicate), ("replicate", "dp_cp_shard"))
+        expert_data = experts["replicate", "edp_shard"]
+    expert_tensor = DeviceMesh._concatenate([experts["ep"], dense["tp"]])
     states = None
     if sizes.cp > 1:
         runs = dense.mesh.movedim(-2, -1).reshape(-1, sizes.cp).tolist()
         states, _ = dist.new_subgroups_by_enumeration(runs, group_desc="mesh_states")
-    mesh = Mesh(axes, dense.mesh, data, expert_data, experts["ep", "tp"], states)
+    mesh = Mesh(axes, dense.mesh, data, expert_data, expert_tensor, states)
     for axis in (*axes.values(), *(each[name] for each in (data, expert_data) for name in each.mesh_dim_names or ())):
         _give_up_as_the_default_group(axis.get_group(), device_type)
     if states:

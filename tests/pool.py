@@ -1,5 +1,6 @@
 """Worker processes that stay: starting one costs seconds, so tests run their distributed functions on a pool."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -91,6 +92,8 @@ def _work(tasks: Any, results: Any) -> None:
             dist.destroy_process_group()
             # DTensor remembers results by meshes that are equal, with the groups of those that are gone.
             _clear_sharding_prop_cache()
+            # Sharded modules hold each other, and their groups: each has a thread that wakes up a hundred times a second.
+            gc.collect()
         except BaseException:
             results.put((rank, False, traceback.format_exc()))
             return

@@ -54,8 +54,13 @@ def verify(
     dtype: str | None = typer.Option(
         None, help="fp64 (the default, on GPUs too): exact; fp32, bf16: both sides are measured against one rank in fp64."
     ),
-    sequences: int | None = typer.Option(None, min=1, help="Sequences in the batch; default: two for each dp rank."),
-    matrix: bool = typer.Option(False, "--matrix", help="Every mesh that fits the ranks, at 256 tokens unless told otherwise."),
+    sequences: int | None = typer.Option(
+        None, min=1, help="Sequences in the batch; default: two for each dp rank and micro-step, with --matrix one for each rank."
+    ),
+    micro_steps: int | None = typer.Option(
+        None, min=1, help="Micro-steps of the batch; default: one for each rank of the pipeline, with --matrix at least two."
+    ),
+    matrix: bool = typer.Option(False, "--matrix", help="Every mesh that fits the ranks, at 64 tokens unless told otherwise."),
     json: Path | None = typer.Option(None, "--json", help="Write the result to this file."),
     share_device: bool = typer.Option(False, "--share-device", help="All ranks on one GPU, which talk through the host."),
 ) -> None:
@@ -70,7 +75,8 @@ def verify(
         degrees = {"parallel.tp": tp, "parallel.cp": cp, "parallel.dp": dp, "parallel.pp": pp, "parallel.ep": ep}
         choices = {"parallel.layout": layout, "parallel.strategy": strategy, "parallel.attention": attention}
         given = {key: value for key, value in {**degrees, **choices, "data.documents": documents}.items() if value is not None}
-        varied = {*degrees, "parallel.layout", "data.documents"}
+        schedule = {"parallel.schedule", "parallel.stages_per_rank", "parallel.sequence_parallel"}
+        varied = {*degrees, *schedule, "parallel.layout", "data.documents"}
         fixed = [*given, *(key for key in (override.partition("=")[0] for override in overrides) if key in varied)]
         if matrix and fixed:
             raise UserError(f"--matrix compares every mesh, so {fixed[0]} is not for you to give")
@@ -80,7 +86,7 @@ def verify(
         def plan(world: int) -> "Plan":
             from ..verification.cases import plan_matrix, plan_one
 
-            return (plan_matrix if matrix else plan_one)(config, values, world, sequences)
+            return (plan_matrix if matrix else plan_one)(config, values, world, sequences, micro_steps)
 
         from ..environment import launch, process_group
 
@@ -94,6 +100,7 @@ def verify(
             if processes > 1:
                 options = ["--matrix"] * matrix + ["--share-device"] * share_device
                 options += ["--sequences", str(sequences)] if sequences else []
+                options += ["--micro-steps", str(micro_steps)] if micro_steps else []
                 options += ["--json", str(json)] if json else []
                 launch(["verify", config, *values, *options], processes, share_device)
                 return

@@ -214,18 +214,14 @@ def _group_beside_training() -> dist.ProcessGroup:
 
 
 def _create_states(optimizer: torch.optim.Optimizer) -> None:
-    """Where the optimizer has taken no step yet, one that changes nothing: it alone knows what it keeps for a parameter."""
+    """By a step, where it has taken none yet, for it alone knows what it keeps; what that changes is then loaded."""
     if optimizer.state:
         return
-    rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["lr"] = 0.0
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
 
 
 def _without_new_buffers(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:

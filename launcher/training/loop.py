@@ -161,7 +161,7 @@ def _labelled(micro_step: MicroStep) -> Tensor:
 
 
 def run_training(config: Config, environment: Environment, resume: bool, stop_at: int | None, profile: Path | None = None) -> None:
-    """Trains to schedule.steps, or `stop_at`, and leaves a checkpoint, metrics and a loss curve in the run's folder.
+    """Trains to schedule.steps, or `stop_at`, and leaves checkpoints, metrics and plots in the run's folder.
 
     profile: a folder for the trace of one step and what it sent.
     Every rank calls it. Raises UserError for what the user can mend.

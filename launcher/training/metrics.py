@@ -117,27 +117,23 @@ def plot_experts(run: Path) -> Path | None:
     if not lines:
         return None
     pyplot = _pyplot()
-    from matplotlib.colors import TwoSlopeNorm
-
-    steps = [line["step"] for line in lines]
-    # [layers, steps, experts], in units of what every expert has in perfect balance.
     shares = {layer: _relative_shares([line["expert_tokens"][layer] for line in lines]) for layer in lines[0]["expert_tokens"]}
     columns = math.ceil(math.sqrt(len(shares) / 2))
     rows = math.ceil(len(shares) / columns)
-    figure, panels = pyplot.subplots(
-        rows, columns, figsize=(8 * columns, 2.2 * rows + 0.6), dpi=120, sharex=True, squeeze=False, layout="constrained"
-    )
-    norm = TwoSlopeNorm(1.0, 0.0, max(2.0, *(share.max() for share in shares.values())))
+    size = 4 + 4 * columns, 0.6 + 2.2 * rows
+    figure, panels = pyplot.subplots(rows, columns, figsize=size, dpi=120, sharex=True, squeeze=False, layout="constrained")
+    first, last = lines[0]["step"], lines[-1]["step"]
     for panel, (layer, share) in zip(panels.flat, shares.items(), strict=False):
-        edges = np.linspace(steps[0] - 0.5, steps[-1] + 0.5, len(share) + 1)
-        image = panel.pcolormesh(edges, np.arange(share.shape[1] + 1) - 0.5, share.T, norm=norm, cmap="RdBu_r")
+        edges = np.linspace(first - 0.5, last + 0.5, len(share) + 1), np.arange(share.shape[1] + 1) - 0.5
+        image = panel.pcolormesh(*edges, np.log2(share.T.clip(1e-9)), vmin=-2, vmax=2, cmap="RdBu_r")
         panel.set(ylabel="expert", title=layer)
         panel.yaxis.get_major_locator().set_params(integer=True)
     for panel in panels.flat[len(shares) :]:
         panel.set_axis_off()
     for panel in panels[-1]:
         panel.set_xlabel("step")
-    figure.colorbar(image, ax=panels, label="share of tokens / even share")
+    bar = figure.colorbar(image, ax=panels, label="share of tokens / even share", extend="both", ticks=range(-2, 3))
+    bar.ax.set_yticklabels(["1/4", "1/2", "1", "2", "4"])
     figure.suptitle(f"{run.name}: tokens by expert")
     return _save(figure, run / "experts.png")
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, get_args
 
 from ...configs.errors import KeyedError, UserError
 from ...configs.loading import load_config
-from ...configs.schema import Config, DataConfig, ParallelConfig
+from ...configs.schema import BatchConfig, Config, DataConfig, ParallelConfig
 
 SHORT = 64
 """Tokens of context where every mesh is compared."""
@@ -54,23 +54,24 @@ def plan_one(file: str, overrides: list[str], world: int, sequences: int | None 
 def plan_matrix(file: str, overrides: list[str], world: int, sequences: int | None = None, micro_steps: int | None = None) -> Plan:
     """Every mesh of `world` ranks, pipelines of one and of two stages on a rank, both layouts, documents single and packed.
 
-    With tp > 1, sequence_parallel is on for one kind of documents and off for the other, in turn. On the mesh that is all cp, every
-    strategy; on some with dp, copies of the parameters (HSDP) and ZeRO-2. The batch is the same for all. sequences and micro_steps:
-    of the batch; None: one for each rank and micro-step; as many as the longest pipeline has ranks, at least two. Raises UserError.
+    With tp > 1, sequence_parallel is on for contiguous packed and zigzag single documents, off for the others. On the mesh that is
+    all cp, every strategy; on some with dp, copies of the parameters (HSDP) and ZeRO-2. sequences and micro_steps: of the batch.
+    None: a sequence for each rank and micro-step; a micro-step for each rank of the pipeline, at least two. Raises UserError.
     """
     plain = ["parallel={}", f"data.context={SHORT}", *overrides]
-    base, _ = _load(file, [*plain, _batch(world * MANY, MANY)])
-    longest = max(degree for degree in _divisors(world) if degree <= len(base.model.layers))
-    micro_steps = micro_steps or max(2, longest)
-    base, chunk = _load(file, [*plain, _batch(sequences or max(2, world) * micro_steps, micro_steps)])
+    base, chunk = _load(file, [*plain, _batch(sequences or world * MANY, micro_steps or MANY)])
     configs: list[Config] = []
     skipped: dict[str, Skipped] = {}
     for documents in get_args(DataConfig.model_fields["documents"].annotation):
         data = base.data.model_copy(update={"documents": documents})
         for parallel in _fitting_meshes(base, documents, world, skipped):
-            configs.append(base.model_copy(update={"parallel": parallel, "data": data}))
+            each = micro_steps or max(2, parallel.pp)
+            batch = BatchConfig(sequences=sequences or max(2, world) * each, micro_steps=each)
+            configs.append(base.model_copy(update={"parallel": parallel, "data": data, "batch": batch}))
     if not configs:
         raise UserError(f"no mesh of {world} ranks fits: {next(iter(skipped.values())).reason}")
+    # Those of one mesh after another, which is built once for them.
+    configs.sort(key=lambda config: (config.parallel.degrees(world), config.parallel.replicate))
     return _fitted(Plan(configs, [*skipped.values()], max(config.parallel.segments for config in configs), []), chunk)
 
 
@@ -101,8 +102,8 @@ def _fitting_meshes(base: Config, documents: str, world: int, skipped: dict[str,
         if fits(parallel):
             yield parallel
             # What does not fit without ep would be listed once for each ep otherwise.
-            updates = [*_spread(base, parallel), *_strategies(base, parallel, world)]
-            updates += _copies(base, parallel, world) if documents == "packed" else []
+            updates = [*_spread(base, parallel), *_strategies(base, parallel, documents)]
+            updates += _copies(base, parallel) if documents == "packed" else []
             others = [parallel.model_copy(update=update) for update in updates]
             yield from filter(fits, others)
 
@@ -124,24 +125,34 @@ def _meshes(base: Config, documents: str, world: int) -> Iterator[ParallelConfig
 def _spread(base: Config, parallel: ParallelConfig) -> Iterator[dict[str, Any]]:
     """Experts over every number of ranks."""
     if any(layer.feed_forward == "moe" for layer in base.model.layers):
-        yield from ({"ep": degree} for degree in _divisors(parallel.dp * parallel.cp) if degree > 1)
+        yield from ({"ep": degree} for degree in _divisors(_ranks(parallel)) if degree > 1)
 
 
-def _strategies(base: Config, parallel: ParallelConfig, world: int) -> Iterator[dict[str, Any]]:
+def _strategies(base: Config, parallel: ParallelConfig, documents: str) -> Iterator[dict[str, Any]]:
+    """Where cp is alone, every way to pass states and keys over it; each layout for one kind of documents."""
+    if parallel.cp == 1 or parallel.tp > 1 or parallel.pp > 1 or (parallel.layout == "zigzag") != (documents == "packed"):
+        return
     mixers = {layer.mixer for layer in base.model.layers}
-    if parallel.cp == world > 1:
+    if parallel.dp == 1:
         for key, mixer in (("strategy", "mamba2"), ("attention", "attention")):
             yield from ({key: choice} for choice in _choices(key) if mixer in mixers)
-    elif parallel.tp == parallel.pp == 1 and parallel.cp > 1 and "attention" in mixers:
+    elif "attention" in mixers:
         # Heads that do not divide over all ranks may over fewer.
         yield {"attention": "ulysses"}
 
 
-def _copies(base: Config, parallel: ParallelConfig, world: int) -> Iterator[dict[str, Any]]:
-    """On meshes of dp and one more axis, ZeRO-2, and copies of the parameters with experts spread over the ranks of each."""
-    if parallel.cp == 1 and parallel.dp > 1 and parallel.dp * max(parallel.tp, parallel.pp) == world:
-        spread = parallel.dp > 2 and any(_spread(base, parallel))
+def _copies(base: Config, parallel: ParallelConfig) -> Iterator[dict[str, Any]]:
+    """On meshes of dp and at most one more axis, ZeRO-2, and copies of the parameters, each with experts spread over its ranks."""
+    if parallel.cp == 1 and 1 in (parallel.tp, parallel.pp) and _ranks(parallel) > 1:
+        spread = _ranks(parallel) > 2 and any(_spread(base, parallel))
         yield from ({"zero": 2}, {"replicate": 2, "ep": 2 if spread else 1})
+
+
+def _ranks(parallel: ParallelConfig) -> int:
+    """Those that a micro-step's tokens are shared out over, of a mesh without `auto`."""
+    assert parallel.dp != "auto"
+    assert parallel.cp != "auto"
+    return parallel.dp * parallel.cp
 
 
 def _divisors(number: int) -> list[int]:

@@ -4,7 +4,6 @@ Two experts of nearly the same probability change places with the last bit, and 
 means something only with the same choices.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
@@ -33,14 +32,14 @@ def record_choices(moes: NamedMoEs) -> dict[str, list[Tensor]]:
 
 
 def replay_choices(moes: NamedMoEs, choices: Mapping[str, Tensor]) -> dict[tuple[str, int], int]:
-    """From now on each MoE layer uses choices[name], [m, b, l, k] on its device, of m micro-steps in turn and then again.
+    """Makes each MoE layer use choices[name], [m, b, l, k] on its device, of m micro-steps in turn.
 
     Fills the returned dict: by layer and micro-step, how many tokens would have chosen another set of experts.
     """
     flips: dict[tuple[str, int], int] = {}
 
     def replay(name: str, choose: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        calls = itertools.cycle(enumerate(choices[name]))
+        calls = enumerate(choices[name])
 
         def replayed(probabilities: Tensor) -> Tensor:
             number, given = next(calls)

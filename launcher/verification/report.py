@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ...configs.errors import UserError
-from .cases import Skipped
+from ...configs.schema import ParallelConfig
+from .cases import Skipped, mesh_of
 from .verdict import QUANTITIES, Verdict, kind_of, to_json
 
-WIDTH = 140
+WIDTH = 150
 """Columns where the output is no terminal."""
 
 
@@ -78,19 +79,18 @@ class Report:
             self._line(text)
 
     def _print_cases(self, verdicts: list[Verdict]) -> None:
-        table = Table(*("tp", "cp", "dp", "layout", "strategy", "attention", "documents"))
+        table = Table(*("tp", "cp", "dp", "pp", "ep", "layout", "strategy", "attention", "documents", "with"))
         for quantity in QUANTITIES:
             table.add_column(quantity, justify="right")
         table.add_column("")
         for verdict in verdicts:
-            parallel = verdict.config.parallel
-            settings = ["", "", ""]
-            if verdict.chosen:
-                settings = [parallel.layout, _strategy(verdict, "strategy"), _strategy(verdict, "attention")]
+            parallel, chosen = verdict.config.parallel, verdict.chosen
+            over_cp = [parallel.layout, chosen["strategy"], chosen["attention"]] if chosen else [""] * 3
             errors = [f"{verdict.worst(quantity).error:.1e}" for quantity in QUANTITIES]
             result = "ok" if verdict.ok else "[red]FAILED[/red]"
-            degrees = [str(degree) for degree in (parallel.tp, parallel.cp, parallel.dp)]
-            table.add_row(*degrees, *settings, verdict.config.data.documents, *errors, result)
+            degrees = [str(getattr(parallel, axis)) for axis in ("tp", "cp", "dp", "pp", "ep")]
+            options = ", ".join(_options(mesh_of(parallel)))
+            table.add_row(*degrees, *over_cp, verdict.config.data.documents, options, *errors, result)
         self.console.print(table)
 
 
@@ -113,8 +113,9 @@ def describe(verdict: Verdict) -> str:
     over_cp = (
         [parallel.layout, *(f"{key} {_strategy(verdict, key)}" for key in ("strategy", "attention"))] if verdict.chosen else []
     )
-    shape = f"{config.batch.sequences} x {data.context} tokens"
-    return ", ".join([_mesh(parallel.model_dump()), *over_cp, data.documents, config.precision, shape])
+    steps = config.batch.micro_steps
+    shape = f"{config.batch.sequences} x {data.context} tokens" + (f" in {steps} micro-steps" if steps > 1 else "")
+    return ", ".join([_mesh(mesh_of(parallel)), *over_cp, data.documents, config.precision, shape])
 
 
 def _strategy(verdict: Verdict, key: str) -> str:
@@ -166,5 +167,13 @@ def _largest(verdict: Verdict) -> float:
     return max((verdict.worst(quantity).error for quantity in QUANTITIES), key=lambda error: (error != error, error))
 
 
-def _mesh(degrees: dict[str, Any]) -> str:
-    return " x ".join(f"{axis} {degrees[axis]}" for axis in ("tp", "cp", "dp"))
+def _mesh(mesh: dict[str, Any]) -> str:
+    axes = ["tp", "cp", "dp", *(axis for axis in ("pp", "ep") if mesh[axis] > 1)]
+    return ", ".join([" x ".join(f"{axis} {mesh[axis]}" for axis in axes), *_options(mesh)])
+
+
+def _options(mesh: dict[str, Any]) -> list[str]:
+    """What is not as it is by default, beside the axes."""
+    usual = mesh_of(ParallelConfig())
+    options = {key: mesh[key] for key in ("schedule", "sequence_parallel", "replicate", "zero") if mesh[key] != usual[key]}
+    return [key if value is True else value if isinstance(value, str) else f"{key} {value}" for key, value in options.items()]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...models.hybrid import HybridModel, Losses, MicroStep
 from ...models.moe import MoE
 from ...models.stages import Stages
+from ...parallel.gradients import local_part
 
 MOVES = 0.1
 """What an SGD step changes, as a fraction of the parameters' norm."""
@@ -65,13 +66,13 @@ Model = Stages | Alone
 
 def forward_backward(model: Model, micro_steps: Sequence[MicroStep], labelled: int, data: dist.ProcessGroup | None = None) -> Found:
     """The loss, logits and gradients. `data`: the ranks that hold the other tokens; `labelled`: all tokens' labels."""
-    losses = model.forward_backward(micro_steps, torch.tensor(labelled, device=micro_steps[0].ids.device))
+    with _recording_logits(model) as logits:
+        losses = model.forward_backward(micro_steps, torch.tensor(labelled, device=micro_steps[0].ids.device))
     cross_entropy = losses.cross_entropy / labelled
     if data is not None:
         dist.all_reduce(cross_entropy, group=data)
     found: Found = {("loss", "loss"): cross_entropy + losses.auxiliary / len(micro_steps)}
-    logits = [model.forward(micro_step._replace(labels=None)) for micro_step in micro_steps]
-    if logits[0] is not None:
+    if logits:
         found["logits", "logits"] = torch.stack(logits)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -88,7 +89,10 @@ def visible_rate(model: Model) -> float:
 
 def update(model: Model, rate: float) -> Found:
     """One SGD step and what follows it -> the parameters, and the experts' biases."""
-    torch.optim.SGD(model.parameters(), lr=rate, foreach=False).step()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        # Not through DTensor, which first works out at length how each operation is sharded, for every mesh anew.
+        local_part(parameter.detach()).add_(local_part(parameter.grad), alpha=-rate)
     for _, moe in model.named_moes():
         moe.rebalance()
     found = {("parameters", name): parameter.detach() for name, parameter in model.named_parameters()}
@@ -101,6 +105,24 @@ def layer_outputs(model: Model, micro_steps: Sequence[MicroStep], data: dist.Pro
         for micro_step in micro_steps:
             model.forward(micro_step._replace(labels=None))
     return {("outputs", name): torch.stack(tensors) for name, tensors in recorded.items()}
+
+
+@contextmanager
+def _recording_logits(model: Model) -> Iterator[list[Tensor]]:
+    """Those that the losses come from, though losses never see all at once: another forward would take long, and be another."""
+    recorded: list[Tensor] = []
+
+    def record(projection: nn.Module, args: tuple[Tensor, Tensor], output: Tensor) -> None:
+        with torch.no_grad():
+            recorded.append(projection.forward(args[0]))
+
+    # First, while the module still has its weights at hand.
+    handles = [each.head.projection.register_forward_hook(record, prepend=True) for each in model.models if each.head]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

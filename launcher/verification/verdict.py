@@ -16,6 +16,7 @@ import torch
 from ...configs.schema import Config, ModelConfig
 from ...models.hybrid import HybridModel
 from ...models.initialization import zeros
+from .cases import mesh_of
 from .differences import Errors
 
 EXACT = 1e-10
@@ -148,7 +149,7 @@ def to_json(verdict: Verdict) -> dict[str, Any]:
     config = verdict.config
     parallel, worst = config.parallel, {quantity: verdict.worst(quantity) for quantity in QUANTITIES}
     case: dict[str, Any] = {
-        "mesh": {axis: getattr(parallel, axis) for axis in ("tp", "cp", "pp", "ep", "dp")},
+        "mesh": mesh_of(parallel),
         "layout": parallel.layout,
         "strategy": parallel.strategy,
         "attention": parallel.attention,
@@ -156,6 +157,7 @@ def to_json(verdict: Verdict) -> dict[str, Any]:
         "dtype": config.precision,
         "context": config.data.context,
         "sequences": config.batch.sequences,
+        "micro_steps": config.batch.micro_steps,
         "ok": verdict.ok,
         "max_relative_error": {quantity: finite(worst[quantity].error) for quantity in QUANTITIES},
         "worst": {q: {"name": worst[q].name, "error": finite(worst[q].error)} for q in ("gradients", "parameters")},

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from ...configs.schema import Config, Degrees, ModelConfig, ParallelConfig
+from ...configs.schema import BatchConfig, Config, Degrees, ModelConfig, ParallelConfig
 from ...kernels import dispatch
 from ...models.hybrid import MicroStep, build_model
 from ...models.stages import build_stages
@@ -65,14 +66,21 @@ class Verifier:
 
     def __init__(self, environment: Environment, segments: int) -> None:
         self.device, self.leads, self.segments = environment.device, environment.leads, segments
-        # What is there already stays: looking through it for garbage after every mesh would take longer than many of them.
-        gc.freeze()
-        self.meshes: dict[tuple[Degrees, int], Mesh] = {}
+        self.mesh: tuple[tuple[Degrees, int], Mesh] | None = None
         self.mesh_of_one: Mesh | None = None
-        self.references: dict[str, Reference] = {}
+        self.references: dict[tuple[str, BatchConfig], Reference] = {}
+        self.lasting = _groups()
 
     def verify(self, config: Config) -> Verdict:
-        """One mesh; the same verdict on every rank. Between calls only `parallel` and `data.documents` may change."""
+        """One mesh; the same verdict on every rank. Between calls only `parallel`, `batch` and `data.documents` may change."""
+        # What is there now is not looked through for garbage after every mesh, which would take longer than the mesh itself.
+        gc.freeze()
+        try:
+            return self._verify(config)
+        finally:
+            gc.unfreeze()
+
+    def _verify(self, config: Config) -> Verdict:
         reference = self._reference(config)
         started = time.perf_counter()
         errors, flips, chosen = self._on_mesh(config, reference, reference.step)
@@ -83,12 +91,10 @@ class Verifier:
         return verdict if verdict.ok else replace(verdict, first_difference=self._first_difference(verdict, reference))
 
     def _reference(self, config: Config) -> Reference:
-        kind = config.data.documents
-        if kind not in self.references:
-            # The one before goes first: each holds a whole model's gradients and parameters.
-            self.references = {}
-            self.references = {kind: self._run_reference(config)}
-        return self.references[kind]
+        key = config.data.documents, config.batch
+        if key not in self.references:
+            self.references[key] = self._run_reference(config)
+        return self.references[key]
 
     def _run_reference(self, config: Config) -> Reference:
         reference = Reference(draw_batch(config, self.segments))
@@ -99,7 +105,7 @@ class Verifier:
                 reference.keep(forward_backward(model, micro_steps, reference.batch.labelled))
             reference.rate = visible_rate(model)
             reference.keep(update(model, reference.rate))
-            reference.choices = {name: torch.stack(experts[: len(micro_steps)]) for name, experts in chosen.items()}
+            reference.choices = {name: torch.stack(experts) for name, experts in chosen.items()}
             del model
             _free()
         reference.rate, reference.shapes = self._share((reference.rate, reference.shapes))
@@ -117,7 +123,9 @@ class Verifier:
     def _on_one_rank(self, config: Config, reference: Reference, work: Work) -> tuple[Errors, int]:
         """Errors and flips of rank 0 alone, which computes as training on one rank does, FSDP's mixed precision with it."""
         if self.mesh_of_one is None:
+            before = _groups()
             self.mesh_of_one = build_mesh_of_one(self.device.type)
+            self.lasting |= _groups() - before
         result = None
         if self.leads:
             alone = config.model_copy(update={"parallel": ParallelConfig(dp=1)})
@@ -154,10 +162,13 @@ class Verifier:
         return differences.errors(self.device), int(counted), chosen
 
     def _mesh(self, parallel: ParallelConfig) -> Mesh:
+        """That of the call before where it is the same: building one takes a while, and each has threads that never rest."""
         key = parallel.degrees(dist.get_world_size()), parallel.replicate
-        if key not in self.meshes:
-            self.meshes[key] = build_mesh(parallel, self.device.type)
-        return self.meshes[key]
+        if self.mesh is None or self.mesh[0] != key:
+            self.mesh = None
+            _destroy_groups(self.lasting)
+            self.mesh = key, build_mesh(parallel, self.device.type)
+        return self.mesh[1]
 
     def _hand_out(self, reference: Reference, shares: list[Share]) -> Iterator[tuple[Key, Share | None, Tensor]]:
         """From rank 0 to all, which all take part whether they have use for a tensor or not: those by token one share at a time."""
@@ -221,6 +232,19 @@ def _runs(sizes: list[int]) -> Iterator[range]:
         if stop == len(sizes) or sum(sizes[start : stop + 1]) > MESSAGE:
             yield range(start, stop)
             start = stop
+
+
+def _groups() -> set[dist.ProcessGroup]:
+    """All that this process is in."""
+    return set(dist.distributed_c10d._world.pg_map)
+
+
+def _destroy_groups(lasting: set[dist.ProcessGroup]) -> None:
+    """Ends all but the lasting ones."""
+    for group in _groups() - lasting:
+        dist.destroy_process_group(group)
+    # DTensor remembers results by meshes that are equal, with the groups of those that are gone.
+    _clear_sharding_prop_cache()
 
 
 def _free() -> None:

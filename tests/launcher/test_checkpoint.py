@@ -1,5 +1,7 @@
 """Checkpoints reshard: what any mesh saves any other goes on with; written beside training, looked into, merged."""
 
+import errno
+import io
 import json
 import re
 import shutil
@@ -126,8 +128,8 @@ def saved(pool, runs, reference):
         ("cp4ep2", "replicate2"),
         ("tp2cp2pp2", "one"),
         ("tp2cp2pp2", "cp4ep2"),
-        ("tp2cp2pp2", "interleaved"),
-        ("pp2", "tp2cp2"),
+        ("tp2cp2pp2", "pp2"),
+        ("cp4ep2", "interleaved"),
     ],
 )
 def test_another_mesh_goes_on_with_the_same_losses(pool, runs, reference, saved, before, after):
@@ -189,8 +191,8 @@ def test_asynchronous_saves_are_the_same(pool, runs):
 
 
 def save_on_a_full_disk(rank, config):
-    """Three saves, of which the second fails on rank 1: its error, what is there then, and what after the third."""
-    trainer, message, there = trainer_of(rank, config), None, []
+    """Three saves, of which the second fails on rank 1: its error, and after each what is there and in the newest checkpoint."""
+    trainer, message, there, files = trainer_of(rank, config), None, [], []
     create_stream = FileSystem.create_stream
     for number in (1, 2, 3):
         if (rank, number) == (1, 2):
@@ -205,24 +207,37 @@ def save_on_a_full_disk(rank, config):
             FileSystem.create_stream = create_stream
         dist.barrier()
         there.append(sorted(path.name for path in (config.run / "checkpoints").iterdir()))
+        files.append(sorted(path.name for path in checkpoints(config.run)[-1].iterdir()))
         dist.barrier()
-    return message, there
+    return message, there, files
+
+
+class FillingUp(io.FileIO):
+    """A file on a disk that has room for what is written first."""
+
+    def write(self, data):
+        if self.tell():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
 
 
 @contextmanager
 def on_a_full_disk(self, path, mode):
     """In place of DCP's way to open a file."""
-    with open("/dev/full", mode) as stream:
+    with FillingUp(path, mode) as stream:
         yield stream
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_full_disk_ends_all_ranks_and_costs_no_older_checkpoint(pool, runs, asynchronous):
     config = config_of(runs, f"full-{asynchronous}", "cp2", [f"checkpoint={{asynchronous: {asynchronous}, keep: 1}}"])
-    (config.run / "checkpoints" / "step-00000009.partial" / "left").mkdir(parents=True)
-    for message, there in pool.run(2, save_on_a_full_disk, config):
+    for left in ("step-00000001.partial", "step-00000009.partial"):
+        (config.run / "checkpoints" / left).mkdir(parents=True)
+        (config.run / "checkpoints" / left / "of a run that was killed").touch()
+    for message, there, files in pool.run(2, save_on_a_full_disk, config):
         assert message == f"{config.run}/checkpoints/step-00000002: cannot be written: [Errno 28] No space left on device"
         assert there == [["step-00000001"], ["step-00000001"], ["step-00000003"]]
+        assert files == [[".metadata", "__0_0.distcp", "__1_0.distcp", "config.yaml", "manifest.json", "tokenizer.json"]] * 3
 
 
 def save_on_hosts_of_their_own(rank, config):
@@ -338,6 +353,8 @@ def test_merge_writes_what_was_trained(gathered, tmp_path):
     assert result.exit_code == 0, result.output
     found = load_file(file)
     assert found.keys() == expected.keys()
+    assert "embedding.weight" in found
+    assert "head.projection.weight" not in found
     assert {str(tensor.dtype) for tensor in found.values()} == {"torch.float64"}
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name

@@ -124,12 +124,13 @@ def test_apex_steps_as_torch_does(pool, folder, straight, order):
 def test_a_rank_without_any_row():
     """apex would lose tensors beside an empty one, and takes no group without tensors."""
     empty, vector = torch.nn.Parameter(torch.empty(0, 3)), torch.nn.Parameter(torch.ones(2))
-    built = ApexAdamW([{"params": [empty], "weight_decay": 0.1}, {"params": [vector], "weight_decay": 0.0}], FusedAdam, lr=0.5)
+    options = {"lr": 0.5, "betas": (0.9, 0.95), "eps": 1e-8}
+    built = ApexAdamW([{"params": [empty], "weight_decay": 0.1}, {"params": [vector], "weight_decay": 0.0}], FusedAdam, **options)
     empty.grad, vector.grad = torch.empty(0, 3), torch.ones(2)
     built.step()
     assert vector.tolist() == pytest.approx([0.5, 0.5])
     assert set(built.state) == {empty, vector}
-    ApexAdamW([{"params": [empty], "weight_decay": 0.1}], FusedAdam, lr=0.5).step()
+    ApexAdamW([{"params": [empty], "weight_decay": 0.1}], FusedAdam, **options).step()
 
 
 def fake_apex(monkeypatch, **modules):

@@ -1,37 +1,45 @@
 """`baton verify`: finds nothing on a sound mesh, and on a broken one says where."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from typer.testing import CliRunner
 
 from baton.configs.errors import UserError
 from baton.kernels.cross_entropy import IGNORED
 from baton.kernels.scan import LocalScan
 from baton.launcher.cli import app
+from baton.launcher.verification import verifier
 from baton.launcher.verification.batch import Share, draw_batch, pack
 from baton.launcher.verification.cases import plan_matrix, plan_one
 from baton.launcher.verification.choices import record_choices, replay_choices
 from baton.launcher.verification.differences import Differences
 from baton.launcher.verification.report import check_writable, failure, write_json
-from baton.launcher.verification.steps import Found
+from baton.launcher.verification.steps import Alone
 from baton.launcher.verification.verdict import QUANTITIES, to_json
 from baton.models.hybrid import build_model
-from baton.models.parallelize import build_sharded_model
+from baton.models.stages import build_stages
 from baton.parallel.affine_scan import SequenceScan
+from baton.parallel.gradients import local_part
+from baton.parallel.layout import Layout
 from baton.parallel.mesh import build_mesh
 from helpers import TINY, compare, tiny_config
+
+MESH = {"tp", "cp", "pp", "ep", "dp", "schedule", "stages_per_rank", "sequence_parallel", "replicate", "zero"}
 
 
 def check_case(case):
     """What the file of --json says of one comparison."""
-    assert set(case["mesh"]) == {"tp", "cp", "pp", "ep", "dp"}
+    assert set(case["mesh"]) == MESH
     assert {"layout", "strategy", "documents", "dtype", "ok", "max_relative_error", "worst"} <= set(case)
     assert set(case["max_relative_error"]) == {"loss", "logits", "gradients", "parameters"}
     assert set(case["worst"]) == {"gradients", "parameters"}
@@ -39,11 +47,11 @@ def check_case(case):
 
 def compare_packed(rank, config):
     """The verdict, once a model of packed data has refused to run without knowing where documents lie."""
-    model = build_sharded_model(config, build_mesh(config.parallel, "cpu"), torch.device("cpu"))
-    inputs = draw_batch(config.model_copy(update={"data": config.data.model_copy(update={"documents": "single"})}), 4)
-    share = Share.of(build_mesh(config.parallel, "cpu"), "zigzag")[0]
+    mesh, device = build_mesh(config.parallel, "cpu"), torch.device("cpu")
+    stages = build_stages(config, mesh, device)
+    batch = draw_batch(config.model_copy(update={"data": config.data.model_copy(update={"documents": "single"})}), 4)
     with pytest.raises(ValueError, match="no documents came with it"):
-        model(*inputs.inputs(share, torch.device("cpu")))
+        stages.forward(batch.micro_steps(Share.of(mesh, config.parallel)[0], device)[0])
     return compare(rank, config)
 
 
@@ -60,7 +68,8 @@ def test_a_sound_mesh(pool, tmp_path):
     written = json.loads((tmp_path / "out.json").read_text())
     check_case(written["cases"][0])
     assert written["ok"]
-    assert written["cases"][0]["mesh"] == {"tp": 2, "cp": 2, "pp": 1, "ep": 1, "dp": 1}
+    assert written["cases"][0]["mesh"].items() >= {"tp": 2, "cp": 2, "pp": 1, "ep": 1, "dp": 1, "replicate": 1}.items()
+    assert (written["cases"][0]["sequences"], written["cases"][0]["micro_steps"]) == (2, 1)
     assert list(tmp_path.iterdir()) == [tmp_path / "out.json"]
 
 
@@ -94,6 +103,40 @@ def test_a_broken_mesh(pool, backward, where):
     assert where in failure([verdict])
 
 
+def damaged(rank, config, name):
+    """The verdict where one of the ranks that hold a parameter has other values there."""
+
+    def build(*args):
+        stages = build_stages(*args)
+        for found, parameter in stages.named_parameters():
+            if found == name:
+                local_part(parameter.detach()).add_(0.01)
+        return stages
+
+    verifier.build_stages = build
+    try:
+        return compare(rank, config)
+    finally:
+        verifier.build_stages = build_stages
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("layers.3.mixer.q_proj.weight", "the output of layers.3.mixer (attention) is the first that differs"),
+        ("layers.1.feed_forward.experts.stacked.up_proj", "the output of layers.1.feed_forward (moe) is the first that differs"),
+        ("head.projection.weight", "the output of head is the first that differs"),
+    ],
+)
+def test_a_damaged_stage(pool, name, where):
+    """Each rank of a pipeline knows its own parts; together they know which is the first."""
+    mesh = "{tp: 2, cp: 1, pp: 2, schedule: interleaved_1f1b, stages_per_rank: 2, sequence_parallel: true}"
+    config = tiny_config(["precision=fp64", f"parallel={mesh}", "batch={sequences: 4, micro_steps: 2}"], 4)
+    verdicts = pool.run(4, damaged, config, name)
+    assert {verdict.first_difference.partition(":")[0] for verdict in verdicts} == {where}
+    assert ("gradients", name) in {(over.quantity, over.name) for over in verdicts[0].over}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_below_fp64(pool, precision):
     """Both sides are measured against fp64, with its expert choices; bf16 would choose others for some tokens."""
@@ -111,39 +154,71 @@ def test_below_fp64(pool, precision):
 
 
 def test_choices_are_replayed():
-    """A model that is given choices goes by them, and counts the tokens that would have gone elsewhere."""
-    config = tiny_config([])
-    model = build_model(config.model, 0, torch.float64)
-    batch = draw_batch(config, 1)
-    inputs = batch.inputs(Share.all(), torch.device("cpu"))
-    chosen = record_choices(model)
-    reference = model(inputs.ids)
-    others = [chosen[number].clone() for number in sorted(chosen)]
-    # The best expert of the first token gives its place to one that was not chosen.
-    others[0][0, 0] = next(expert for expert in range(4) if expert not in chosen[0][0])
-    flips = replay_choices(model, others)
-    assert not torch.equal(model(inputs.ids)[0, 0], reference[0, 0])
-    assert flips[0] == 1
-    model = build_model(config.model, 0, torch.float64)
-    flips = replay_choices(model, [chosen[number].clone() for number in sorted(chosen)])
-    assert torch.equal(model(inputs.ids), reference)
+    """A model goes by the choices that each micro-step is given, and counts the tokens that would have gone elsewhere."""
+    config = tiny_config(["batch={sequences: 2, micro_steps: 2}"])
+    micro_steps = draw_batch(config, 1).micro_steps(Share.all(), torch.device("cpu"))
+
+    def run(attach, *args):
+        alone = Alone(build_model(config.model, 0, torch.float64))
+        seen = attach(alone.named_moes(), *args)
+        return [alone.forward(micro_step._replace(labels=None)) for micro_step in micro_steps], seen
+
+    reference, recorded = run(record_choices)
+    chosen = {name: torch.stack(choices) for name, choices in recorded.items()}
+    assert {tuple(choices.shape) for choices in chosen.values()} == {(2, 1, 48, 2)}
+    same, flips = run(replay_choices, chosen)
+    assert torch.equal(torch.stack(same), torch.stack(reference))
     assert set(flips.values()) == {0}
+    # In the second micro-step the best expert of the first token gives its place to one that was not chosen.
+    name = next(iter(chosen))
+    others = chosen[name].clone()
+    others[1, 0, 0, 0] = next(expert for expert in range(4) if expert not in others[1, 0, 0])
+    found, flips = run(replay_choices, chosen | {name: others})
+    assert torch.equal(found[0], reference[0])
+    assert not torch.equal(found[1][0, 0], reference[1][0, 0])
+    assert (flips[name, 0], flips[name, 1]) == (0, 1)
 
 
 def test_differences():
     """Of the largest reference value; of an all-zero one the difference itself; what is not finite is within no limit."""
-    found = Differences()
-    found.add(Found("gradients", "a", torch.tensor([1.0, 4.5])), torch.tensor([1.0, 4.0]))
-    found.add(Found("gradients", "zero", torch.tensor([0.25, 0.0])), torch.zeros(2))
-    found.add(Found("gradients", "nan", torch.tensor([torch.nan, 0.0])), torch.ones(2))
-    found.add(Found("gradients", "both", torch.tensor([torch.nan, 0.0])), torch.tensor([torch.nan, 0.0]))
-    errors = found.errors(over_ranks=False)["gradients"]
-    assert errors["a"] == 0.125
-    assert errors["zero"] == 0.25
-    assert not errors["nan"] <= 1e300
-    assert not errors["both"] <= 1e300
+    cases = {
+        "a": (torch.tensor([1.0, 4.5]), torch.tensor([1.0, 4.0])),
+        "zero": (torch.tensor([0.25, 0.0]), torch.zeros(2)),
+        "nan": (torch.tensor([torch.nan, 0.0]), torch.ones(2)),
+        "both": (torch.tensor([torch.nan, 0.0]), torch.tensor([torch.nan, 0.0])),
+    }
+    found = Differences([("gradients", name) for name in (*cases, "nowhere")])
+    for name, tensors in cases.items():
+        found.add(("gradients", name), *tensors)
+    errors = found.errors()["gradients"]
+    assert (errors["a"], errors["zero"]) == (0.125, 0.25)
+    for name in ("nan", "both", "nowhere"):
+        assert not errors[name] <= 1e300
     with pytest.raises(ValueError, match="gradients of a"):
-        found.add(Found("gradients", "a", torch.ones(3)), torch.ones(2))
+        found.add(("gradients", "a"), torch.ones(3), torch.ones(2))
+
+
+def differences_of_parts(rank, shape):
+    """Errors of DTensors that tp and FSDP have cut: of the values themselves, and with an element that is wrong on rank 3."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    whole = torch.arange(1.0, 1 + torch.Size(shape).numel()).reshape(shape)
+    found = Differences([("parameters", name) for name in ("same", "wrong")])
+    for name, added in (("same", 0.0), ("wrong", 0.5)):
+        module = torch.nn.Module()
+        module.weight = torch.nn.Parameter(distribute_tensor(whole, mesh["tp"], [Shard(0)]))
+        weight = fully_shard(module, mesh=mesh["dp"]).weight.detach()
+        if rank == 3:
+            weight.to_local().view(-1)[-1] += added
+        found.add(("parameters", name), weight, whole)
+    return found.errors(torch.device("cpu"))["parameters"]
+
+
+@pytest.mark.parametrize("shape", [(8,), (6, 5), (10, 2)])
+def test_differences_of_sharded_tensors(pool, shape):
+    """Each rank looks at its own part; uneven ones too."""
+    for errors in pool.run(4, differences_of_parts, shape):
+        assert errors["same"] == 0.0
+        assert errors["wrong"] == 0.5 / torch.Size(shape).numel()
 
 
 @pytest.mark.parametrize("segments", [1, 2, 3, 4, 8, 16])
@@ -151,62 +226,120 @@ def test_packed_documents_hit_every_border(segments):
     rows = [pack(192, segments, row, np.random.default_rng(row)) for row in range(4)]
     assert len({tuple(row) for row in rows}) == 4
     borders = {segment * 192 // segments for segment in range(1, segments)}
-    lengths = [end - start for row in rows for start, end in pairwise(row)]
+    lengths = [end - start for row in rows for start, end in itertools.pairwise(row)]
     assert {0, 192} <= set(rows[0])
     assert lengths.count(1) > 8
     assert len(lengths) > 80
     assert max(lengths) >= 2 * 192 // (segments * -(-4 // segments))
     for border in borders:
         assert any(border in row and (border - 1 in row or border + 1 in row) for row in rows)
-        assert any(start < border < end for row in rows for start, end in pairwise(row))
+        assert any(start < border < end for row in rows for start, end in itertools.pairwise(row))
 
 
 def test_labels_end_with_their_documents():
     batch = draw_batch(tiny_config(["data.documents=packed"]), 4)
-    for ids, labels, boundaries in zip(batch.ids, batch.labels, batch.cu_seqlens, strict=True):
-        for start, end in pairwise(boundaries):
+    for ids, labels, boundaries in zip(batch.ids[0], batch.labels[0], batch.cu_seqlens[0], strict=True):
+        for start, end in itertools.pairwise(boundaries):
             assert labels[end - 1] == IGNORED
             inside = labels[start : end - 1]
             assert ((inside == ids[start + 1 : end]) | (inside == IGNORED)).all()
     assert 0 < batch.labelled < batch.ids.numel()
 
 
+def test_micro_steps_are_parts_of_the_batch():
+    """Each has its own sequences, and the documents of these."""
+    batch = draw_batch(tiny_config(["data.documents=packed", "batch={sequences: 4, micro_steps: 2}"]), 4)
+    own = Share(Layout("contiguous", 2), cp=1, dp=1, dp_ranks=2)
+    for number, micro_step in enumerate(batch.micro_steps(own, torch.device("cpu"))):
+        assert torch.equal(micro_step.ids, batch.ids[number, 1:, 24:])
+        assert torch.equal(micro_step.labels, batch.labels[number, 1:, 24:])
+        assert micro_step.documents.cu_seqlens == (tuple(batch.cu_seqlens[number][1]),)
+    assert len({str(row) for rows in batch.cu_seqlens for row in rows}) == 4
+
+
 def test_degrees_that_are_left_open():
     """cp takes what the others leave, whatever the file says; chunks get shorter than segments."""
-    assert plan_one("quickstart", [*TINY, "parallel.tp=2"], 8, None).configs[0].parallel.cp == 4
-    plan = plan_one("quickstart", [*TINY, "parallel.cp=2", "parallel.layout=contiguous"], 8, None)
+    assert plan_one("quickstart", [*TINY, "parallel.tp=2"], 8).configs[0].parallel.cp == 4
+    plan = plan_one("quickstart", [*TINY, "parallel.cp=2", "parallel.layout=contiguous"], 8)
     assert (plan.configs[0].parallel.dp, plan.configs[0].batch.sequences, plan.segments) == (4, 8, 2)
-    plan = plan_one("quickstart", [*TINY, "parallel.cp=4", "parallel.layout=zigzag", "precision=fp64"], 4, None)
+    plan = plan_one("quickstart", [*TINY, "parallel.cp=4", "parallel.layout=zigzag", "precision=fp64"], 4)
     assert plan.configs[0].model.mamba2.chunk_size == 3
     assert "model.mamba2.chunk_size is 3 here, for segments of 6 tokens" in plan.notes[0]
     with pytest.raises(UserError, match="sequences"):
         plan_one("quickstart", [*TINY, "parallel.cp=1"], 4, 3)
 
 
+def test_pipelines_get_micro_steps():
+    interleaved = ["parallel.schedule=interleaved_1f1b", "parallel.stages_per_rank=2"]
+    for overrides in ([], interleaved):
+        (config,) = plan_one("quickstart", [*TINY, "parallel.pp=2", "parallel.tp=2", *overrides], 8).configs
+        assert (config.parallel.cp, config.batch.sequences, config.batch.micro_steps) == (2, 4, 2)
+    (config,) = plan_one("quickstart", [*TINY, "parallel.pp=2"], 4, 12, 6).configs
+    assert (config.batch.sequences, config.batch.micro_steps) == (12, 6)
+    with pytest.raises(UserError, match="batch.micro_steps is 1, allowed: at least one for each of the 2 stages"):
+        plan_one("quickstart", [*TINY, "parallel.pp=2"], 4, 4, 1)
+    with pytest.raises(UserError, match="parallel.pp gives .* on 4 ranks"):
+        plan_one("quickstart", [*TINY, "parallel.pp=3"], 4)
+
+
+def shapes(plan):
+    """What each case of a plan is, without the axes."""
+    found = {}
+    for config in plan.configs:
+        p = config.parallel
+        if (p.strategy, p.attention, p.zero, p.replicate) == ("auto", "auto", 3, 1):
+            found.setdefault((p.tp, p.cp, p.dp, p.pp, p.ep, p.schedule), []).append((p.layout, config.data.documents))
+    return found
+
+
 def test_matrix_has_every_mesh():
-    plan = plan_matrix("quickstart", TINY, 4, None)
-    meshes = {(c.parallel.tp, c.parallel.cp, c.parallel.dp) for c in plan.configs}
-    assert meshes == {(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)}
-    for documents in ("single", "packed"):
-        whole = [c.parallel for c in plan.configs if c.parallel.cp == 4 and c.data.documents == documents]
-        for layout in ("contiguous", "zigzag"):
-            assert {p.strategy for p in whole if p.layout == layout} == {"auto", "ring", "allgather", "doubling", "sliced"}
-            assert {p.attention for p in whole if p.layout == layout} == {"auto", "ring", "allgather", "ulysses", "usp"}
-    assert {c.batch.sequences for c in plan.configs} == {4}
-    skipped = plan_matrix("quickstart", [*TINY, "data.context=36"], 8, None).skipped
-    assert {(s.mesh["tp"], s.mesh["cp"], s.layout) for s in skipped} >= {
-        (8, 1, "contiguous"),
-        (1, 8, "contiguous"),
-        (1, 8, "zigzag"),
+    plan = plan_matrix("quickstart", TINY, 8)
+    expected = {
+        (tp, cp, dp, pp, ep, schedule)
+        for tp, cp, dp, pp in itertools.product((1, 2, 4, 8), repeat=4)
+        for ep in (1, 2, 4)
+        for schedule in ("1f1b", "interleaved_1f1b")
+        if tp * cp * dp * pp == 8 and dp * cp % ep == 0
+        # 4 heads, 4 layers.
+        if tp <= 4 and pp * (2 if schedule == "interleaved_1f1b" else 1) <= 4 and (schedule == "1f1b" or pp > 1)
     }
-    assert all("parallel." in s.reason for s in skipped)
+    found = shapes(plan)
+    assert set(found) == expected
+    for (_, cp, *_), cases in found.items():
+        layouts = ["contiguous", "zigzag"] if cp > 1 else ["contiguous"]
+        assert sorted(cases) == sorted(itertools.product(layouts, ("single", "packed")))
+    skipped = {(skip.mesh["tp"], skip.mesh["pp"], skip.mesh["ep"], skip.mesh["schedule"]) for skip in plan.skipped}
+    assert {(8, 1, 1, "1f1b"), (1, 8, 1, "1f1b"), (1, 1, 8, "1f1b"), (2, 4, 1, "interleaved_1f1b")} <= skipped
+    assert all("parallel." in skip.reason for skip in plan.skipped)
+    # One after another, so that a mesh is built once.
+    meshes = [(config.parallel.degrees(8), config.parallel.replicate) for config in plan.configs]
+    assert len(list(itertools.groupby(meshes))) == len(set(meshes))
+
+
+def test_matrix_has_every_way():
+    """Of sharing activations out over tp, of passing states and keys over cp, of holding parameters over dp."""
+    configs = plan_matrix("quickstart", TINY, 4).configs
+    parallel = [config.parallel for config in configs]
+    for mesh in {(p.degrees(4), p.schedule) for p in parallel if p.tp > 1}:
+        both = {p.sequence_parallel for p in parallel if (p.degrees(4), p.schedule) == mesh}
+        assert both == {False, True}
+    whole = [p for p in parallel if p.cp == 4]
+    for layout in ("contiguous", "zigzag"):
+        assert {p.strategy for p in whole if p.layout == layout} == {"auto", "ring", "allgather", "doubling", "sliced"}
+        assert {p.attention for p in whole if p.layout == layout} == {"auto", "ring", "allgather", "ulysses", "usp"}
+    assert {(p.zero, p.replicate, p.ep) for p in parallel if p.dp == 4} >= {(2, 1, 1), (3, 2, 2)}
+    assert {(p.tp, p.pp) for p in parallel if p.replicate == 2} == {(1, 1), (1, 2), (2, 1)}
+    assert {(c.batch.sequences, c.batch.micro_steps, c.parallel.pp) for c in configs} == {(8, 2, 1), (8, 2, 2), (16, 4, 4)}
+    assert {(c.batch.sequences, c.batch.micro_steps) for c in plan_matrix("quickstart", TINY, 4, 24, 6).configs} == {(24, 6)}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--pp", "2"], "parallel.pp is 2: degrees beyond 1 on this axis are not available yet"),
-        (["--ep", "2"], "parallel.ep is 2: degrees beyond 1 on this axis are not available yet"),
+        (["--pp", "8", "--nproc", "8"], "parallel.pp gives 8 stages, allowed: at most one for each of the 4 layers"),
+        (["--ep", "3", "--nproc", "3"], "parallel.ep is 3, allowed: a divisor of model.moe.experts, 4"),
+        (["parallel.schedule=zero_bubble"], "not zero-bubble schedules"),
+        (["--matrix", "parallel.stages_per_rank=2"], "so parallel.stages_per_rank is not for you to give"),
         (["--tp", "3", "--nproc", "3"], "parallel.tp is 3, which does not divide"),
         (["--layout", "spiral"], "parallel.layout is 'spiral', allowed: 'contiguous' or 'zigzag'"),
         (["--matrix", "--cp", "2"], "--matrix compares every mesh, so parallel.cp is not for you to give"),
@@ -243,9 +376,8 @@ def baton_verify(tmp_path, *options, **environment):
 
 def test_the_command(tmp_path):
     """Every mesh of two ranks in one set of workers, which talk through the host as on one device."""
-    done, written = baton_verify(
-        tmp_path, "--matrix", "--share-device", "--nproc", "2", "model.pattern=M*E", "model.mamba2.groups=1"
-    )
+    options = ["--matrix", "--share-device", "--nproc", "2", "--micro-steps", "2"]
+    done, written = baton_verify(tmp_path, *options, "model.pattern=M*E", "model.mamba2.groups=1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert written["ok"]
     for case in written["cases"]:

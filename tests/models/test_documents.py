@@ -7,7 +7,7 @@ import torch
 
 from baton.kernels.cross_entropy import IGNORED
 from baton.models.hybrid import build_model
-from baton.models.parallelize import build_sharded_model
+from baton.models.stages import build_stages
 from baton.parallel.layout import Layout
 from baton.parallel.mesh import build_mesh
 from helpers import relative_error, tiny_config
@@ -54,7 +54,7 @@ def packed(rank, config, cu_seqlens):
     """All at once on the config's mesh -> this rank's logits and every whole gradient."""
     mesh = build_mesh(config.parallel, "cpu")
     layout = Layout(config.parallel.layout, mesh.size("cp"))
-    model = build_sharded_model(config, mesh, torch.device("cpu"))
+    (model,) = build_stages(config, mesh, torch.device("cpu")).models
     documents = layout.documents(cu_seqlens, rank)
     positions = layout.positions(rank, cu_seqlens[0][-1])
     ids, labels = (layout.shard(t, rank) for t in sequences(cu_seqlens))
@@ -91,7 +91,7 @@ def test_packed_data_without_documents_is_refused(pool):
 
 
 def without_documents(rank, config):
-    model = build_sharded_model(config, build_mesh(config.parallel, "cpu"), torch.device("cpu"))
+    (model,) = build_stages(config, build_mesh(config.parallel, "cpu"), torch.device("cpu")).models
     model(torch.zeros(1, 48, dtype=torch.int64))
 
 

@@ -34,7 +34,7 @@ def merge(
     folder: Path = FOLDER,
     file: Path = typer.Argument(metavar="OUT.safetensors", help="The file to write; it must not be there."),
 ) -> None:
-    """Write the model, without the optimizer, as one safetensors file; memory is needed for its largest tensor alone."""
+    """Write the model, without the optimizer, as one safetensors file; one tensor is in memory at a time."""
     from ..errors import user_errors
 
     with user_errors():

@@ -24,7 +24,7 @@ from ...configs.errors import UserError
 from ...configs.pattern import CUT
 from ...configs.schema import Config, ModelConfig
 from ...models.stages import Stages
-from ...parallel.failures import naming_the_missing
+from ...parallel.failures import RankGone, naming_the_missing
 from ..checkpoints.manifest import MANIFEST, read_manifest
 from .run_folder import checkpoint_folder, checkpoints
 from .token_files import tokenizer_digest
@@ -47,7 +47,9 @@ class Checkpointer:
         self.group = _group_beside_training()
         on_gpu = torch.cuda.is_available()
         # Pinned memory is slow to get, so the stager stays, and the host's copy of the state with it.
-        self.stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
+        self.stager = DefaultStager(
+            StagingOptions(use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu)
+        )
         self.unfinished: tuple[Path, Future[Any]] | None = None
 
     def save(self, step: int, consumed: int) -> Path:
@@ -84,8 +86,11 @@ class Checkpointer:
         if facts["world"] != dist.get_world_size():
             del state["random"]
         try:
-            state["model"] = _without_new_buffers(state["model"], folder)
-            dcp.load(state, checkpoint_id=folder, process_group=self.group)
+            with naming_the_missing("checkpoint"):
+                state["model"] = _without_new_buffers(state["model"], folder)
+                dcp.load(state, checkpoint_id=folder, process_group=self.group)
+        except RankGone:
+            raise
         except (Exception, CheckpointException) as error:  # the library's own is no Exception
             raise UserError(f"{folder}: cannot be read: {_reason(error)}") from None
         if "random" in state:

@@ -1,9 +1,10 @@
 """Which meshes are compared, and the configs they have: one that was asked for, or every one that fits the world."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, get_args
 
+from ...configs.checks import check_divides
 from ...configs.errors import KeyedError, UserError
 from ...configs.loading import load_config
 from ...configs.schema import BatchConfig, Config, DataConfig, ParallelConfig
@@ -29,6 +30,10 @@ class Plan(NamedTuple):
     skipped: list[Skipped]
     segments: int
     notes: list[str]
+
+
+Variant = Callable[[ParallelConfig, str], Config]
+"""The config with a mesh and a kind of documents; raises KeyedError where they do not fit."""
 
 
 def mesh_of(parallel: ParallelConfig) -> dict[str, Any]:
@@ -59,15 +64,20 @@ def plan_matrix(file: str, overrides: list[str], world: int, sequences: int | No
     None: a sequence for each rank and micro-step; a micro-step for each rank of the pipeline, at least two. Raises UserError.
     """
     plain = ["parallel={}", f"data.context={SHORT}", *overrides]
-    base, chunk = _load(file, [*plain, _batch(sequences or world * MANY, micro_steps or MANY)])
+    base, chunk = _load(file, [*plain, _batch(world * MANY, MANY)])
+
+    def variant(parallel: ParallelConfig, documents: str) -> Config:
+        each = micro_steps or max(2, parallel.pp)
+        of_all = sequences or max(2, world) * each
+        check_divides("batch.micro_steps", each, of_all, "batch.sequences")
+        batch = BatchConfig(sequences=of_all, micro_steps=each)
+        data = base.data.model_copy(update={"documents": documents})
+        return base.model_copy(update={"parallel": parallel, "data": data, "batch": batch}).resolved(world)
+
     configs: list[Config] = []
     skipped: dict[str, Skipped] = {}
     for documents in get_args(DataConfig.model_fields["documents"].annotation):
-        data = base.data.model_copy(update={"documents": documents})
-        for parallel in _fitting_meshes(base, documents, world, skipped):
-            each = micro_steps or max(2, parallel.pp)
-            batch = BatchConfig(sequences=sequences or max(2, world) * each, micro_steps=each)
-            configs.append(base.model_copy(update={"parallel": parallel, "data": data, "batch": batch}))
+        configs += _fitting(base, documents, world, variant, skipped)
     if not configs:
         raise UserError(f"no mesh of {world} ranks fits: {next(iter(skipped.values())).reason}")
     # Those of one mesh after another, which is built once for them.
@@ -86,26 +96,25 @@ def _batch(sequences: int, micro_steps: int) -> str:
     return f"batch={{sequences: {sequences}, micro_steps: {micro_steps}}}"
 
 
-def _fitting_meshes(base: Config, documents: str, world: int, skipped: dict[str, Skipped]) -> Iterator[ParallelConfig]:
-    """The meshes to compare; fills `skipped` with those that do not fit."""
+def _fitting(base: Config, documents: str, world: int, variant: Variant, skipped: dict[str, Skipped]) -> Iterator[Config]:
+    """The configs to compare; fills `skipped` with the meshes that do not fit."""
 
-    def fits(parallel: ParallelConfig) -> bool:
+    def fitting(parallel: ParallelConfig) -> list[Config]:
         try:
-            base.model_copy(update={"parallel": parallel}).resolved(world)
+            return [variant(parallel, documents)]
         except KeyedError as error:
             skip = Skipped(mesh_of(parallel), parallel.layout, f"{error.key} {error}")
             skipped.setdefault(str((skip.mesh | {"sequence_parallel": None}, skip.layout)), skip)
-            return False
-        return True
+            return []
 
     for parallel in _meshes(base, documents, world):
-        if fits(parallel):
-            yield parallel
-            # What does not fit without ep would be listed once for each ep otherwise.
+        # What does not fit without ep would be listed once for each ep otherwise.
+        if whole := fitting(parallel):
             updates = [*_spread(base, parallel), *_strategies(base, parallel, documents)]
             updates += _copies(base, parallel) if documents == "packed" else []
-            others = [parallel.model_copy(update=update) for update in updates]
-            yield from filter(fits, others)
+            yield from whole
+            for update in updates:
+                yield from fitting(parallel.model_copy(update=update))
 
 
 def _meshes(base: Config, documents: str, world: int) -> Iterator[ParallelConfig]:

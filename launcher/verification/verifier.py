@@ -136,7 +136,7 @@ class Verifier:
             for key, tensor in found.items():
                 differences.add(key, tensor, reference.tensors[key].to(self.device))
             result = differences.errors(), sum(flips.values())
-            del stages
+            del stages, found
             _free()
         return self._share(result)
 
@@ -155,7 +155,7 @@ class Verifier:
             if key in found and part in (None, share):
                 differences.add(key, found[key], share.between_regions(expected) if _is_between(key) else expected)
         chosen = {"strategy": stages.strategies.exchange, "attention": stages.strategies.attention} if stages.strategies else None
-        del stages
+        del stages, found
         _free()
         counted = torch.tensor(sum(flips.values()), device=self.device)
         dist.all_reduce(counted, group=None if config.parallel.sequence_parallel else mesh.group("pp_dp_cp"))

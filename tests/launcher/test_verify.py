@@ -110,7 +110,7 @@ def damaged(rank, config, name):
         stages = build_stages(*args)
         for found, parameter in stages.named_parameters():
             if found == name:
-                local_part(parameter.detach()).add_(0.01)
+                local_part(parameter.detach())[:1].add_(0.1)
         return stages
 
     verifier.build_stages = build
@@ -331,6 +331,14 @@ def test_matrix_has_every_way():
     assert {(p.tp, p.pp) for p in parallel if p.replicate == 2} == {(1, 1), (1, 2), (2, 1)}
     assert {(c.batch.sequences, c.batch.micro_steps, c.parallel.pp) for c in configs} == {(8, 2, 1), (8, 2, 2), (16, 4, 4)}
     assert {(c.batch.sequences, c.batch.micro_steps) for c in plan_matrix("quickstart", TINY, 4, 24, 6).configs} == {(24, 6)}
+    few = plan_matrix("quickstart", TINY, 4, 4)
+    assert {(c.batch.sequences, c.batch.micro_steps) for c in few.configs} == {(4, 2), (4, 4)}
+    assert max(c.parallel.dp for c in few.configs) == 2
+    assert "parallel.dp is 4, allowed: a divisor of a micro-step's sequences, 2" in {skip.reason for skip in few.skipped}
+    with pytest.raises(
+        UserError, match="no mesh of 4 ranks fits: batch.micro_steps is 4, allowed: a divisor of batch.sequences, 3"
+    ):
+        plan_matrix("quickstart", TINY, 4, 3)
 
 
 @pytest.mark.parametrize(
@@ -338,10 +346,10 @@ def test_matrix_has_every_way():
     [
         (["--pp", "8", "--nproc", "8"], "parallel.pp gives 8 stages, allowed: at most one for each of the 4 layers"),
         (["--ep", "3", "--nproc", "3"], "parallel.ep is 3, allowed: a divisor of model.moe.experts, 4"),
-        (["parallel.schedule=zero_bubble"], "not zero-bubble schedules"),
+        (["parallel.schedule=zero_bubble", "--nproc", "2"], "not zero-bubble schedules"),
         (["--matrix", "parallel.stages_per_rank=2"], "so parallel.stages_per_rank is not for you to give"),
         (["--tp", "3", "--nproc", "3"], "parallel.tp is 3, which does not divide"),
-        (["--layout", "spiral"], "parallel.layout is 'spiral', allowed: 'contiguous' or 'zigzag'"),
+        (["--layout", "spiral", "--nproc", "2"], "parallel.layout is 'spiral', allowed: 'contiguous' or 'zigzag'"),
         (["--matrix", "--cp", "2"], "--matrix compares every mesh, so parallel.cp is not for you to give"),
         (["--json", "/nowhere/out.json"], "--json /nowhere/out.json: cannot be written"),
     ],

@@ -1,11 +1,14 @@
 """The device mesh: named axes over all ranks and the groups made from them, handed on explicitly."""
 
+import gc
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from ..configs.schema import Degrees, ParallelConfig
 
@@ -83,6 +86,18 @@ def build_mesh(parallel: ParallelConfig, device_type: str) -> Mesh:
 def build_mesh_of_one(device_type: str) -> Mesh:
     """A mesh for each rank with nobody else on it. All ranks call it."""
     return _lay_out(Degrees(tp=1, cp=1, dp=1, pp=1, ep=1), 1, device_type)
+
+
+def free_meshes() -> None:
+    """Frees the meshes that nothing uses, and the groups with them, once these are destroyed: for a process that goes on to others.
+
+    A group of gloo has threads that wake up a hundred times a second, until nothing refers to it. DTensor remembers results by
+    meshes, and would use them, with the groups of old, for meshes that are equal; sharded modules are cycles.
+    """
+    _gen_transform_infos.cache_clear()
+    clear_redistribute_planner_cache()
+    _clear_sharding_prop_cache()
+    gc.collect()
 
 
 def _lay_out(sizes: Degrees, replicate: int, device_type: str) -> Mesh:

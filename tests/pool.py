@@ -78,7 +78,6 @@ def _work(tasks: Any, results: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
     while True:
@@ -90,10 +89,12 @@ def _work(tasks: Any, results: Any) -> None:
             value = bytes(ForkingPickler.dumps(function(rank, *args)))
             dist.barrier()
             dist.destroy_process_group()
-            # DTensor remembers results by meshes that are equal, with the groups of those that are gone.
-            _clear_sharding_prop_cache()
-            # Sharded modules hold each other, and their groups: each has a thread that wakes up a hundred times a second.
-            gc.collect()
+            # Not earlier: it imports triton, which reads once whether it is to interpret.
+            from baton.parallel.mesh import free_meshes
+
+            free_meshes()
+            # What is left is imported and need not be looked through again.
+            gc.freeze()
         except BaseException:
             results.put((rank, False, traceback.format_exc()))
             return

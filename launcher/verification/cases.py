@@ -61,13 +61,14 @@ def plan_matrix(file: str, overrides: list[str], world: int, sequences: int | No
 
     With tp > 1, sequence_parallel is on for contiguous packed and zigzag single documents, off for the others. On the mesh that is
     all cp, every strategy; on some with dp, copies of the parameters (HSDP) and ZeRO-2. sequences and micro_steps: of the batch.
-    None: a sequence for each rank and micro-step; a micro-step for each rank of the pipeline, at least two. Raises UserError.
+    None: a sequence for each rank and micro-step; a micro-step for each rank of the pipeline, of packed documents at least two.
+    Raises UserError.
     """
     plain = ["parallel={}", f"data.context={SHORT}", *overrides]
     base, chunk = _load(file, [*plain, _batch(world * MANY, MANY)])
 
     def variant(parallel: ParallelConfig, documents: str) -> Config:
-        each = micro_steps or max(2, parallel.pp)
+        each = micro_steps or max(2 if documents == "packed" else 1, parallel.pp)
         of_all = sequences or max(2, world) * each
         check_divides("batch.micro_steps", each, of_all, "batch.sequences")
         batch = BatchConfig(sequences=of_all, micro_steps=each)

@@ -1,5 +1,6 @@
 """All comparisons of a plan, one after another in one process group."""
 
+import gc
 import logging
 from pathlib import Path
 
@@ -20,6 +21,8 @@ def run_verification(plan: Plan, environment: Environment, json: Path | None) ->
     report = Report(len(plan.configs)) if environment.leads else None
     if report:
         report.notes(plan.notes)
+    # All that is imported would be looked through for garbage after each mesh, which takes as long as the mesh itself.
+    gc.freeze()
     verifier, verdicts = Verifier(environment, plan.segments), []
     for config in plan.configs:
         verdicts.append(verifier.verify(config))

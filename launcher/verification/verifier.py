@@ -9,13 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from ...configs.schema import BatchConfig, Config, Degrees, ModelConfig, ParallelConfig
 from ...kernels import dispatch
 from ...models.hybrid import MicroStep, build_model
 from ...models.stages import build_stages
-from ...parallel.mesh import Mesh, build_mesh, build_mesh_of_one
+from ...parallel.mesh import Mesh, build_mesh, build_mesh_of_one, free_meshes
 from ..environment import Environment
 from .batch import Batch, Share, draw_batch
 from .choices import record_choices, replay_choices
@@ -73,14 +72,6 @@ class Verifier:
 
     def verify(self, config: Config) -> Verdict:
         """One mesh; the same verdict on every rank. Between calls only `parallel`, `batch` and `data.documents` may change."""
-        # What is there now is not looked through for garbage after every mesh, which would take longer than the mesh itself.
-        gc.freeze()
-        try:
-            return self._verify(config)
-        finally:
-            gc.unfreeze()
-
-    def _verify(self, config: Config) -> Verdict:
         reference = self._reference(config)
         started = time.perf_counter()
         errors, flips, chosen = self._on_mesh(config, reference, reference.step)
@@ -166,7 +157,9 @@ class Verifier:
         key = parallel.degrees(dist.get_world_size()), parallel.replicate
         if self.mesh is None or self.mesh[0] != key:
             self.mesh = None
-            _destroy_groups(self.lasting)
+            for group in _groups() - self.lasting:
+                dist.destroy_process_group(group)
+            free_meshes()
             self.mesh = key, build_mesh(parallel, self.device.type)
         return self.mesh[1]
 
@@ -237,14 +230,6 @@ def _runs(sizes: list[int]) -> Iterator[range]:
 def _groups() -> set[dist.ProcessGroup]:
     """All that this process is in."""
     return set(dist.distributed_c10d._world.pg_map)
-
-
-def _destroy_groups(lasting: set[dist.ProcessGroup]) -> None:
-    """Ends all but the lasting ones."""
-    for group in _groups() - lasting:
-        dist.destroy_process_group(group)
-    # DTensor remembers results by meshes that are equal, with the groups of those that are gone.
-    _clear_sharding_prop_cache()
 
 
 def _free() -> None:

@@ -18,6 +18,7 @@ from baton.configs.errors import UserError
 from baton.kernels.cross_entropy import IGNORED
 from baton.kernels.scan import LocalScan
 from baton.launcher.cli import app
+from baton.launcher.environment import Environment
 from baton.launcher.verification import verifier
 from baton.launcher.verification.batch import Share, draw_batch, pack
 from baton.launcher.verification.cases import plan_matrix, plan_one
@@ -26,6 +27,7 @@ from baton.launcher.verification.differences import Differences
 from baton.launcher.verification.report import check_writable, failure, write_json
 from baton.launcher.verification.steps import Alone
 from baton.launcher.verification.verdict import QUANTITIES, to_json
+from baton.launcher.verification.verifier import Verifier
 from baton.models.hybrid import build_model
 from baton.models.stages import build_stages
 from baton.parallel.affine_scan import SequenceScan
@@ -151,6 +153,23 @@ def test_below_fp64(pool, precision):
     check_case(case)
     assert case["flips"]["of"] == verdict.flips.of
     assert set(case["one_rank_error"]) == set(QUANTITIES)
+
+
+def threads_after(rank, meshes):
+    """Of this process, after the comparison of each mesh."""
+    verifier, counts = Verifier(Environment(rank, 4, torch.device("cpu")), 4), []
+    for mesh in meshes:
+        verifier.verify(tiny_config(["precision=fp64", f"parallel={mesh}"], 4))
+        counts.append(len(os.listdir("/proc/self/task")))
+    return counts
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
+def test_meshes_end_with_their_threads(pool):
+    """Each group of gloo has some, which wake up a hundred times a second: what a matrix took would grow with its square."""
+    meshes = ["{tp: 2, cp: 2}", "{cp: 4}", "{tp: 4}", "{tp: 2, cp: 2}"]
+    for first, *_, last in pool.run(4, threads_after, meshes):
+        assert last == first
 
 
 def test_choices_are_replayed():
@@ -329,16 +348,17 @@ def test_matrix_has_every_way():
         assert {p.attention for p in whole if p.layout == layout} == {"auto", "ring", "allgather", "ulysses", "usp"}
     assert {(p.zero, p.replicate, p.ep) for p in parallel if p.dp == 4} >= {(2, 1, 1), (3, 2, 2)}
     assert {(p.tp, p.pp) for p in parallel if p.replicate == 2} == {(1, 1), (1, 2), (2, 1)}
-    assert {(c.batch.sequences, c.batch.micro_steps, c.parallel.pp) for c in configs} == {(8, 2, 1), (8, 2, 2), (16, 4, 4)}
+    batches = {(c.parallel.pp, c.batch.sequences, c.batch.micro_steps) for c in configs}
+    assert batches == {(1, 4, 1), (1, 8, 2), (2, 8, 2), (4, 16, 4)}
     assert {(c.batch.sequences, c.batch.micro_steps) for c in plan_matrix("quickstart", TINY, 4, 24, 6).configs} == {(24, 6)}
     few = plan_matrix("quickstart", TINY, 4, 4)
-    assert {(c.batch.sequences, c.batch.micro_steps) for c in few.configs} == {(4, 2), (4, 4)}
-    assert max(c.parallel.dp for c in few.configs) == 2
+    assert {(c.batch.sequences, c.batch.micro_steps) for c in few.configs} == {(4, 1), (4, 2), (4, 4)}
+    assert max(c.parallel.dp for c in few.configs if c.batch.micro_steps == 2) == 2
     assert "parallel.dp is 4, allowed: a divisor of a micro-step's sequences, 2" in {skip.reason for skip in few.skipped}
     with pytest.raises(
-        UserError, match="no mesh of 4 ranks fits: batch.micro_steps is 4, allowed: a divisor of batch.sequences, 3"
+        UserError, match="no mesh of 4 ranks fits: batch.micro_steps is 2, allowed: a divisor of batch.sequences, 3"
     ):
-        plan_matrix("quickstart", TINY, 4, 3)
+        plan_matrix("quickstart", TINY, 4, 3, 2)
 
 
 @pytest.mark.parametrize(

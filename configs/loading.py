@@ -88,6 +88,8 @@ def _explain(error: Any) -> str:
         return f"is no key of this section; allowed: {', '.join(parent)}" if parent else "is not a known key"
     if error["type"] == "missing":
         return "is missing"
+    if error["type"] == "path_type":
+        return f"is {error['input']!r}, allowed: a path"
     if error["loc"][:2] in (("parallel", "cp"), ("parallel", "dp")):
         return f"is {error['input']!r}, allowed: auto, or 1 and more"
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")

@@ -88,7 +88,7 @@ class MoEConfig(Section):
     bias_rate: Annotated[float, Field(ge=0)] = 0.0
     """How much an expert's bias, which counts for the choice alone, moves towards balance after each step; 0: no bias."""
     capacity: Positive | None = None
-    """Tokens that an expert takes at most, in units of what perfect balance gives it; it drops the rest. None: no limit."""
+    """In training, tokens that an expert takes at most, in units of what balance gives it; the rest pass it by. None: all."""
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> Self:
@@ -171,7 +171,8 @@ class ParallelConfig(Section):
     replicate: Count = 1
     """HSDP: of the dp ranks, how many groups have a copy of the parameters each; 1: they are sharded over all of dp and cp."""
     zero: Literal[2, 3] = 3
-    """Of gathered parameters: 3 frees them after each forward and gathers them again in backward; 2 keeps them until then."""
+    """Of a layer's gathered parameters: 3 frees them after its forward, and gathers them again in backward; 2 keeps them until
+    then. In a pipeline torch's schedules keep a stage's from a backward to the next forward, and its gradients whole."""
     sequence_parallel: bool = False
     """Whether tp ranks share out the tokens between tensor regions: norms, residuals, routers."""
     schedule: Annotated[Literal["1f1b", "interleaved_1f1b"], BeforeValidator(refuse_zero_bubble)] = "1f1b"
@@ -307,7 +308,7 @@ class Config(Section):
 
     run: Path
     """The run's folder: checkpoints, metrics, plots."""
-    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """Of the computation; bf16 keeps parameters, gradients' sums, A_log, D, dt_bias and the router in fp32."""
     kernels: Literal["auto", "triton", "reference"] = "auto"

@@ -24,6 +24,9 @@ BUILDERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "moe": MoE,
 }
 
+TIED = {"head.projection.weight": "embedding.weight"}
+"""Where a model, or the last stage of a pipeline, has a tied embedding a second time: its name there, and in the whole model."""
+
 
 class MicroStep(NamedTuple):
     """What the model is called with: a rank's part of a micro-step's tokens, on its device."""
@@ -128,7 +131,7 @@ class HybridModel(nn.Module):
         at a document's end is the caller's to ignore. Raises ValueError without them where the data is known to be packed.
 
         A stage that is not the first takes as x and parts what the one before it gives, hidden states [b, l, d] and the sum of the
-        layers' parts of the auxiliary loss; one that is not the last gives them.
+        layers' parts of the auxiliary loss, [auxiliary_size] in fp32 or wider; one that is not the last gives them.
         """
         if self.packed and documents is None:
             raise ValueError("the data is packed (data.documents) and no documents came with it: see Layout.documents")
@@ -142,7 +145,8 @@ class HybridModel(nn.Module):
             if part is not None:
                 parts = parts + part
         if self.head is None:
-            return x, parts
+            # Where no layer has added to it, it is a schedule's buffer, on which FSDP would leave a hook in every micro-step.
+            return x, parts.clone()
         out = self.head(x, labels)
         return out if labels is None else Losses(out, auxiliary_loss(parts, self.config.moe, moe_layers(self.config)))
 
@@ -161,8 +165,7 @@ def moe_layers(config: ModelConfig) -> int:
 def initialize_part(part: nn.Module, name: str, config: ModelConfig, seed: int) -> None:
     """Fills one of `HybridModel.parts` with the values that the whole model has there."""
     adds = sum(2 if layer.feed_forward else 1 for layer in config.layers)
-    tied = {"head.projection.weight": "embedding.weight"} if config.tied_embeddings else {}
-    initialize(part, name, seed, config.initializer_range, adds, tied)
+    initialize(part, name, seed, config.initializer_range, adds, TIED if config.tied_embeddings else {})
 
 
 def build_model(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float32) -> HybridModel:

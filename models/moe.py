@@ -72,7 +72,7 @@ class MoE(nn.Module):
         hits = torch.zeros_like(probabilities).scatter_(-1, chosen, 1.0).sum(0)
         squares = logits.logsumexp(-1).square().sum() if sizes.z_loss else hits.new_zeros(())
         # One message: hits, sums of probabilities, tokens, squares. Summed before the product, which is not linear in the batch.
-        statistics = torch.cat([hits, probabilities.sum(0), torch.stack([hits.new_tensor(len(chosen)), squares])])
+        statistics = torch.cat([hits, probabilities.sum(0), torch.stack([hits.new_full((), len(chosen)), squares])])
         if self.sum_over_tokens is not None:
             statistics = self.sum_over_tokens(statistics)
         hits, totals, count, squares = statistics.split([experts, experts, 1, 1])
@@ -167,12 +167,13 @@ class Experts(nn.Module):
         """Chosen experts [b, l, k] -> routing; the rows of each expert [E]; how many rows are not dropped, None: all.
 
         Tokens beyond the capacity go to an expert that does not exist, after all others; the host waits for how many there are.
+        Only training drops any: a batch of validation may be filled up with more sequences on one mesh than on another.
         """
         sequences, chosen = len(chosen), chosen.flatten(0, 1)
-        if self.capacity is None:
+        if self.capacity is None or not self.training:
             routing = route(chosen, self.count)
             return routing, routing.counts, None
-        limit = math.ceil(self.capacity * chosen.numel() * self.token_ranks / self.count)
+        limit = math.ceil(self.capacity * (chosen.numel() * self.token_ranks) / self.count)
         kept = self.within_capacity.keep(chosen, sequences, limit, self.count)
         routing = route(chosen.where(kept, self.count), self.count + 1)
         counts = routing.counts[:-1]

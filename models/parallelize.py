@@ -300,6 +300,13 @@ def _wire_region(module: nn.Module, group: dist.ProcessGroup, sequence_parallel:
         module.register_forward_hook(leave)
 
 
+def meet_neighbours(config: Config, mesh: Mesh) -> None:
+    """Makes the groups that gated norms share, which ranks of a stage without any have to take part in as well."""
+    groups, tp = config.model.mamba2.groups, mesh.size("tp")
+    if groups % tp and any(layer.mixer == "mamba2" for layer in config.model.layers):
+        mesh.tensor_neighbours(tp // groups)
+
+
 def _share_norm_groups(norm: GatedGroupRMSNorm, mesh: Mesh) -> None:
     """With fewer groups than ranks, those that hold parts of one group add their sums of squares up."""
     tp = mesh.size("tp")

@@ -1,5 +1,6 @@
 """A pipeline of stages over the pp axis: torch's schedules for training, a plain pass for what needs no gradient."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from ..parallel.mesh import Mesh
 from .hybrid import HybridModel, Losses, MicroStep
 from .moe import auxiliary_size
 from .parallelize import COMPUTE_DTYPES, fully_shard_summing
+
+# A schedule that fails would print itself first, which are hundreds of lines.
+logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
 
 Weigh = Callable[[Losses], Tensor]
 
@@ -35,7 +39,7 @@ class Pipeline:
         for module in self.modules:
             # Schedules reduce the gradients after a stage's last backward only where its module is FSDP's.
             fully_shard_summing(module, mesh.data, MixedPrecisionPolicy(), free=False)
-        self._schedules: dict[tuple[int, torch.Size], Schedule1F1B | ScheduleInterleaved1F1B] = {}
+        self._latest: tuple[tuple[int, torch.Size], Schedule1F1B | ScheduleInterleaved1F1B] | None = None
         self._weigh: Weigh = lambda losses: losses.cross_entropy
         self._totals = torch.zeros(2)
 
@@ -45,7 +49,11 @@ class Pipeline:
         for module in self.modules:
             module.upcoming = iter(micro_steps)
         schedule = self._schedule(len(micro_steps), micro_steps[0].ids.shape)
-        schedule.step(target=torch.arange(len(micro_steps)), return_outputs=False)
+        try:
+            schedule.step(target=torch.arange(len(micro_steps)), return_outputs=False)
+        except RuntimeError as error:
+            raised = _of_the_stage(error)
+            raise raised from raised.__cause__
         # Only the last stage's rank has any.
         dist.all_reduce(self._totals, group=self.group)
         return Losses(*self._totals)
@@ -84,8 +92,11 @@ class Pipeline:
         return x.requires_grad_(), torch.empty(size, dtype=exact, device="meta").requires_grad_()
 
     def _schedule(self, micro_steps: int, shape: torch.Size) -> Schedule1F1B | ScheduleInterleaved1F1B:
-        """With the shapes of what travels given: torch finds them out by a forward pass otherwise, collectives and all."""
-        if (micro_steps, shape) not in self._schedules:
+        """With the shapes of what travels given: torch finds them out by a forward pass otherwise, collectives and all.
+
+        It is the one before where it is for the same.
+        """
+        if self._latest is None or self._latest[0] != (micro_steps, shape):
             carried = self._carried(shape)
             losses = (carried[1].new_empty(()),) * len(Losses._fields)
             stages = [
@@ -104,13 +115,20 @@ class Pipeline:
             options: dict[str, Any] = {"n_microbatches": micro_steps, "loss_fn": self._loss, "scale_grads": False}
             interleaved = self.config.parallel.schedule == "interleaved_1f1b"
             schedule = ScheduleInterleaved1F1B(list(stages), **options) if interleaved else Schedule1F1B(stages[0], **options)
-            self._schedules = {(micro_steps, shape): schedule}
-        return self._schedules[micro_steps, shape]
+            self._latest = (micro_steps, shape), schedule
+        return self._latest[1]
 
     def _loss(self, output: tuple[Tensor, Tensor], number: Tensor) -> Tensor:
         losses = Losses(*output)
         self._totals += torch.stack([losses.cross_entropy.detach(), losses.auxiliary.detach()])
         return self._weigh(losses)
+
+
+def _of_the_stage(error: BaseException) -> BaseException:
+    """What a stage has raised: schedules raise a plain RuntimeError in its place."""
+    while type(error) is RuntimeError and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 class _StageModule(nn.Module):

@@ -1,35 +1,32 @@
 """The part of the model that a rank holds, whole or a pipeline's stages, and how micro-steps run through all of it."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from ..configs.checks import check_tensor_degree
 from ..configs.schema import Config
 from ..kernels import dispatch
 from ..parallel.gradients import local_part
 from ..parallel.mesh import Mesh
 from .flops import stage_layers
-from .hybrid import HybridModel, Losses, MicroStep
+from .hybrid import TIED, HybridModel, Losses, MicroStep
 from .moe import MoE
-from .parallelize import build_stage, choose_strategies
+from .parallelize import build_stage, choose_strategies, meet_neighbours
 from .pipeline import Pipeline
-
-TIED = {"head.projection.weight": "embedding.weight"}
-"""Where a pipeline's last stage has a copy of a tied embedding: its name there, and in the whole model."""
 
 
 def build_stages(config: Config, mesh: Mesh, device: torch.device) -> "Stages":
     """This rank's part of the config's model, sharded; the values are those of one device.
 
-    The process runs the config's kernels from here on. All ranks call it. Raises ValueError where the model does not fit the mesh,
+    The process runs the config's kernels from here on. All ranks call it. Raises ValueError for a mixer that cannot be sharded,
     and UserError for a file of links that cannot be read.
     """
     dispatch.choose(config.kernels)
-    check_tensor_degree(config.model, mesh.size("tp"))
+    meet_neighbours(config, mesh)
     strategies = choose_strategies(config, mesh, device)
     cuts = stage_layers(config.model, config.parallel.stages, config.data.context)
     own = range(mesh.rank("pp"), len(cuts), mesh.size("pp"))
@@ -69,11 +66,23 @@ class Stages:
         assert isinstance(model, FSDPModule)
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for number, micro_step in enumerate(micro_steps, 1):
-            model.set_requires_gradient_sync(number == len(micro_steps))
+            # Copies of the parameters (HSDP) meet once a step; in a copy gradients are never whole for longer than a layer.
+            model.set_requires_all_reduce(number == len(micro_steps))
             losses = model(*micro_step)
             weigh(losses).backward()
             totals += torch.stack([losses.cross_entropy.detach(), losses.auxiliary.detach()])
         return Losses(*totals)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """In the body the model is not trained: a capacity of experts drops no token."""
+        for model in self.models:
+            model.eval()
+        try:
+            yield
+        finally:
+            for model in self.models:
+                model.train()
 
     @torch.no_grad()
     def forward(self, micro_step: MicroStep) -> Tensor | Losses | None:
@@ -83,10 +92,17 @@ class Stages:
         return self._pipeline.forward(micro_step)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters by their names in the whole model. Of a tied embedding each end of a pipeline has a copy, of one name."""
+        """Sharded, by their names in the whole model. Of a tied embedding each end of a pipeline has a copy, of one name."""
+        self.reshard()
         for model in self.models:
             for name, parameter in model.named_parameters():
                 yield (TIED.get(name, name) if self.config.model.tied_embeddings else name), parameter
+
+    def reshard(self) -> None:
+        """After a forward without a backward parameters may be whole still, which are copies of what is trained."""
+        for module in (module for model in self.models for module in model.modules()):
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """What is kept beside parameters, such as experts' biases: the same on all ranks that hold the layer."""

@@ -7,8 +7,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from ..configs.schema import Degrees, ParallelConfig
 
@@ -19,10 +17,9 @@ AXES = ("pp", "dp", "cp", "tp")
 class Mesh:
     """Ranks arranged as pp x dp x cp x tp, tp innermost (neighbours on one node), and in other ways over the same ranks.
 
-    axes are, by name: those of AXES; "dp_cp", over which tokens are shared out; "dp_cp_tp"; "pp_dp_cp"; "ep", runs of "dp_cp", with
-    "edp" the ranks that hold the same experts.
-    data and expert_data are the axes that FSDP shards dense parameters and experts over: "dp_cp" and "edp", or with copies of the
-    parameters (HSDP) two axes each, of which it shards over the second.
+    axes are, by name: those of AXES; "dp_cp", over which tokens are shared out; "dp_cp_tp"; "pp_dp_cp"; "ep", runs of "dp_cp".
+    data and expert_data are the axes that FSDP shards dense parameters and experts over: "dp_cp", and the ranks of it that hold the
+    same experts; or with copies of the parameters (HSDP) two axes each, of which it shards over the second.
     states is this rank's cp axis, if longer than 1, in a group of its own, for exchanges that run beside the computation: a
     DeviceMesh may give axes of the same ranks one group, and collectives of two threads on one group would meet the wrong partners.
     """
@@ -94,6 +91,9 @@ def free_meshes() -> None:
     A group of gloo has threads that wake up a hundred times a second, until nothing refers to it. DTensor remembers results by
     meshes, and would use them, with the groups of old, for meshes that are equal; sharded modules are cycles.
     """
+    from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
     _gen_transform_infos.cache_clear()
     clear_redistribute_planner_cache()
     _clear_sharding_prop_cache()
@@ -116,8 +116,7 @@ def _lay_out(sizes: Degrees, replicate: int, device_type: str) -> Mesh:
     alike = tokens // replicate // sizes.ep
     experts = axes["dp_cp"]._unflatten(0, (replicate, alike, sizes.ep), ("replicate", "edp_shard", "ep"))
     axes["ep"] = experts["ep"]
-    axes["edp"] = experts["edp_shard"] if replicate == 1 else experts["replicate", "edp_shard"]._flatten("edp")
-    data, expert_data = axes["dp_cp"], axes["edp"]
+    data, expert_data = axes["dp_cp"], experts["edp_shard"]
     if replicate > 1:
         data = axes["dp_cp"]._unflatten(0, (replicate, tokens // replicate), ("replicate", "dp_cp_shard"))
         expert_data = experts["replicate", "edp_shard"]

@@ -30,6 +30,8 @@ def merge(contents: Contents, file: Path) -> None:
     """Writes parameters and buffers to `file`, complete or not at all. Raises UserError, also where it exists."""
     if file.exists():
         raise UserError(f"{file} exists; allowed: a file that does not")
+    if not file.parent.is_dir():
+        raise UserError(f"{file.parent} is no folder; allowed: a file in one that exists")
     # Wide numbers first: each tensor then begins at a multiple of its numbers' size.
     entries = sorted(contents.entries, key=lambda entry: -entry.dtype.itemsize)
     partial = file.with_name(f"{file.name}.partial-{os.getpid()}")

@@ -3,6 +3,7 @@
 import os
 import sys
 from itertools import groupby
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -29,20 +30,28 @@ def describe(contents: Contents) -> list[str]:
     """How far the run was, where it ran, how much there is."""
     facts, config, entries = contents.facts, contents.config, contents.entries
     parallel, model = config["parallel"], config["model"]
-    axes = " x ".join(f"{axis} {parallel[axis]}" for axis in ("dp", "cp", "tp", "pp", "ep"))
+    mesh = [" x ".join(f"{axis} {parallel.get(axis, 1)}" for axis in ("dp", "cp", "tp", "pp", "ep"))]
+    mesh += [f"{key} {parallel[key]}" for key in _that_count(parallel)]
     tokens = facts["consumed"] * config["data"]["context"]
     files = facts["files"]
     return [
         f"{contents.folder}",
         f"  step        {facts['step']:,}: {facts['consumed']:,} samples, {tokens:,} tokens",
         f"  written by  baton {facts['baton']}, torch {facts['torch']}",
-        f"  on          {facts['world']} rank{'s' * (facts['world'] > 1)}: {axes}, {parallel['layout']}",
+        f"  on          {facts['world']} rank{'s' * (facts['world'] > 1)}: {', '.join([*mesh, parallel['layout']])}",
         f"  precision   {config['precision']}",
         f"  pattern     {model['pattern']}" + (f" x {model['repeat']}" if model["repeat"] > 1 else ""),
         f"  model       {_sum('count', entries):,} parameters, {size(_sum('bytes', entries))}",
         f"  optimizer   {size(_sum('optimizer_bytes', entries))}",
         f"  files       {len(files) + 1}, {size(sum(files.values()))}, complete",
     ]
+
+
+def _that_count(parallel: dict[str, Any]) -> list[str]:
+    """Further keys of the mesh that are not as they are without being named; a config of before they were there has none."""
+    usual = {"replicate": 1, "zero": 3, "stages_per_rank": 1, "sequence_parallel": False}
+    pipeline = ["schedule"] if parallel.get("pp", 1) > 1 else []
+    return pipeline + [key for key, value in usual.items() if parallel.get(key, value) != value]
 
 
 def _parts(contents: Contents) -> Table:

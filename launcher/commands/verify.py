@@ -42,7 +42,7 @@ def verify(
         help="Worker processes to start here; default: the GPUs, or the fewest that fit. Ignored under torchrun.",
     ),
     tp: int | None = typer.Option(None, help="As parallel.tp=..."),
-    cp: int | None = typer.Option(None, help="As parallel.cp=...; default: the ranks that tp and dp leave."),
+    cp: int | None = typer.Option(None, help="As parallel.cp=...; default: the ranks that the others leave."),
     dp: int | None = typer.Option(None, help="As parallel.dp=..."),
     pp: int | None = typer.Option(None, help="As parallel.pp=..."),
     ep: int | None = typer.Option(None, help="As parallel.ep=..."),
@@ -55,10 +55,14 @@ def verify(
         None, help="fp64 (the default, on GPUs too): exact; fp32, bf16: both sides are measured against one rank in fp64."
     ),
     sequences: int | None = typer.Option(
-        None, min=1, help="Sequences in the batch; default: two for each dp rank and micro-step, with --matrix one for each rank."
+        None,
+        min=1,
+        help="Sequences in the batch; default: in each micro-step two for each dp rank, with --matrix one for each rank.",
     ),
     micro_steps: int | None = typer.Option(
-        None, min=1, help="Micro-steps of the batch; default: one for each rank of the pipeline, with --matrix at least two."
+        None,
+        min=1,
+        help="Micro-steps of the batch; default: one for each rank of the pipeline, with --matrix at least 2 of packed documents.",
     ),
     matrix: bool = typer.Option(False, "--matrix", help="Every mesh that fits the ranks, at 64 tokens unless told otherwise."),
     json: Path | None = typer.Option(None, "--json", help="Write the result to this file."),
@@ -75,8 +79,8 @@ def verify(
         degrees = {"parallel.tp": tp, "parallel.cp": cp, "parallel.dp": dp, "parallel.pp": pp, "parallel.ep": ep}
         choices = {"parallel.layout": layout, "parallel.strategy": strategy, "parallel.attention": attention}
         given = {key: value for key, value in {**degrees, **choices, "data.documents": documents}.items() if value is not None}
-        schedule = {"parallel.schedule", "parallel.stages_per_rank", "parallel.sequence_parallel"}
-        varied = {*degrees, *schedule, "parallel.layout", "data.documents"}
+        further = ("schedule", "stages_per_rank", "sequence_parallel", "replicate", "zero", "layout")
+        varied = {*degrees, "parallel", *(f"parallel.{key}" for key in further), "data.documents"}
         fixed = [*given, *(key for key in (override.partition("=")[0] for override in overrides) if key in varied)]
         if matrix and fixed:
             raise UserError(f"--matrix compares every mesh, so {fixed[0]} is not for you to give")

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.fsdp import FSDPModule
 
 from ... import __version__
 from ...configs.errors import UserError
@@ -30,8 +29,11 @@ from .run_folder import checkpoint_folder, checkpoints
 from .token_files import tokenizer_digest
 
 PARTIAL = ".partial"
-FREE = ("moe.aux_loss", "moe.balance", "moe.z_loss", "moe.bias_rate", "moe.capacity")
-"""Keys of the model that a run may change on its way: they weigh losses and share out tokens, and no shape depends on them."""
+FREE = (
+    *("moe.aux_loss", "moe.balance", "moe.z_loss", "moe.bias_rate", "moe.capacity"),
+    *("mamba2.chunk_size", "initializer_range"),
+)
+"""Keys of the model that a run may change on its way: no shape depends on them, and nothing that was learned."""
 
 
 class Checkpointer:
@@ -56,12 +58,20 @@ class Checkpointer:
         """Writes the state after `step` steps and `consumed` samples; older checkpoints beyond checkpoint.keep go.
 
         With checkpoint.asynchronous the state is copied here, and written beside what follows until `finish`. Raises UserError,
-        the same on all ranks, where this one, or the one before, cannot be written; nothing else is lost by that.
+        the same on all ranks, where this one cannot be written, and where the one before was not, after this one if it can.
         """
-        self.finish()
+        try:
+            self.finish()
+        except UserError:
+            with suppress(UserError):
+                self._write(step, consumed, asynchronous=False)
+            raise
+        return self._write(step, consumed, self.config.checkpoint.asynchronous)
+
+    def _write(self, step: int, consumed: int, asynchronous: bool) -> Path:
         target = checkpoint_folder(self.config.run, step)
         writer = _Writer(target, lambda folder: self._describe(folder, step, consumed), self.config.checkpoint.keep)
-        if self.config.checkpoint.asynchronous:
+        if asynchronous:
             writing = dcp.async_save(self._state(), storage_writer=writer, process_group=self.group, async_stager=self.stager)
             assert isinstance(writing, Future)
             self.unfinished = target, writing
@@ -99,10 +109,6 @@ class Checkpointer:
 
     def _state(self) -> dict[str, dict[str, Tensor]]:
         """Tensors that are read in place. Settings such as the learning rate are not among them: the config's count."""
-        for module in (module for model in self.stages.models for module in model.modules()):
-            if isinstance(module, FSDPModule):
-                # After a forward without a backward parameters may be whole still, which are copies of what is trained.
-                module.reshard()
         parameters = dict(self.stages.named_parameters())
         for name, parameter in parameters.items():
             if parameter not in self.optimizer.state:
@@ -115,7 +121,7 @@ class Checkpointer:
 
     def _describe(self, folder: Path, step: int, consumed: int) -> None:
         """What is needed to use the checkpoint, and last the manifest, which makes it complete."""
-        (folder / "config.yaml").write_text(self.config.to_yaml())
+        _write_durably(folder / "config.yaml", self.config.to_yaml())
         shutil.copyfile(self.config.data.folder / "tokenizer.json", folder / "tokenizer.json")
         facts = {
             "step": step,
@@ -127,7 +133,7 @@ class Checkpointer:
             "torch": torch.__version__,
             "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
         }
-        (folder / MANIFEST).write_text(json.dumps(facts, indent=1))
+        _write_durably(folder / MANIFEST, json.dumps(facts, indent=1))
 
     def _data_facts(self) -> dict[str, int]:
         """What the position in the data depends on."""
@@ -201,6 +207,14 @@ def _writing(target: Path) -> Iterator[None]:
         if dist.get_rank() == 0:
             shutil.rmtree(target.with_name(target.name + PARTIAL), ignore_errors=True)
         raise UserError(f"{target}: cannot be written: {_reason(error)}") from None
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """Older checkpoints go soon after: what makes this one complete must not be lost with the machine's memory."""
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _first_cause(error: BaseException) -> BaseException:

@@ -24,6 +24,7 @@ def first_bad_output(stages: Stages, micro_steps: Sequence[MicroStep]) -> str | 
 
 def first_bad_gradient(stages: Stages) -> str:
     """The part, in order of the backward, with a gradient that is not finite on some rank. As above."""
+    stages.reshard()
     parts = [part for model in stages.models for part in _named_parts(model)]
     bad = {name for name, module in parts if not_finite(p.grad for p in module.parameters())}
     return f"the gradients of {_first(_names(stages)[::-1], bad, stages.device)}"

@@ -101,10 +101,12 @@ class Trainer:
     def validate(self) -> float:
         """Cross entropy per token over the first evaluation.sequences samples of the validation split, or all it has."""
         totals = torch.zeros(2, dtype=torch.float64, device=self.environment.device)
-        for micro_step in self.validation_data.first(min(self.config.evaluation.sequences, self.validation_data.samples.count)):
-            losses = self.stages.forward(micro_step)
-            if isinstance(losses, Losses):
-                totals += torch.stack([losses.cross_entropy, _labelled(micro_step)])
+        count = min(self.config.evaluation.sequences, self.validation_data.samples.count)
+        with self.stages.evaluation():
+            for micro_step in self.validation_data.first(count):
+                losses = self.stages.forward(micro_step)
+                if isinstance(losses, Losses):
+                    totals += torch.stack([losses.cross_entropy, _labelled(micro_step)])
         cross_entropy, tokens = self._sum(totals, "pp_dp_cp")
         return float(cross_entropy / tokens)
 
@@ -121,7 +123,8 @@ class Trainer:
         """A prompt and what the model thinks follows."""
         ids = self.tokenizer.encode(PROMPT, add_special_tokens=False).ids
         count = self.config.logging.sample_tokens
-        return PROMPT + self.tokenizer.decode(continue_greedily(self.stages, ids, count))
+        with self.stages.evaluation():
+            return PROMPT + self.tokenizer.decode(continue_greedily(self.stages, ids, count))
 
     def describe(self) -> str:
         """What runs, where and how, in a line."""
@@ -143,15 +146,23 @@ class Trainer:
         """Saves the state from before the step, unless it is damaged itself, and says where the first bad value arises."""
         where = first_bad_output(self.stages, micro_steps) or first_bad_gradient(self.stages)
         self.optimizer.zero_grad()
-        self.checkpointer.finish()
+        lost = self._finish_saving()
         saved = checkpoint_folder(self.config.run, self.done).exists()
         damaged = not_finite(self.stages.parameters())
         if self.done > 0 and not any(anywhere([saved, damaged], self.environment.device)):
             self.save()
-            self.checkpointer.finish()
+            lost += self._finish_saving()
         good = checkpoints(self.config.run)
         kept = f"{good[-1]} has the state before" if good else "no checkpoint was written before"
-        raise UserError(f"step {self.done + 1}: the loss is {loss}: not finite first in {where}; {kept}")
+        raise UserError(f"step {self.done + 1}: the loss is {loss}: not finite first in {where}; {kept}{lost}")
+
+    def _finish_saving(self) -> str:
+        """What else there is to say: of a checkpoint that could not be written."""
+        try:
+            self.checkpointer.finish()
+        except UserError as error:
+            return f"; {error}"
+        return ""
 
 
 def _labelled(micro_step: MicroStep) -> Tensor:

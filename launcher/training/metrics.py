@@ -29,12 +29,14 @@ class Reporter:
         try:
             run.mkdir(parents=True, exist_ok=True)
             (run / "config.yaml").write_text(config.to_yaml())
+            self.file = run / "metrics.jsonl"
+            kept = [line for line in self._lines() if first_step and json.loads(line)["step"] <= first_step]
+            partial = self.file.with_suffix(".partial")
+            partial.write_text("".join(kept))
+            partial.replace(self.file)
+            self.stream = self.file.open("a", buffering=1)
         except OSError as error:
             raise UserError(f"run {run}: cannot be written: {error.strerror or error}") from None
-        self.file = run / "metrics.jsonl"
-        kept = [line for line in self._lines() if first_step and json.loads(line)["step"] <= first_step]
-        self.file.write_text("".join(kept))
-        self.stream = self.file.open("a", buffering=1)
         self.events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         self.steps = steps
         self.console = Console(stderr=True, highlight=False)

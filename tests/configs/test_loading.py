@@ -46,6 +46,8 @@ def line_of(text):
         ("betas: [0.9, 0.95]", "betas: [1.0, 0.95]", "betas:", "optimizer.betas.0 is 1.0, allowed: less than 1"),
         ("lr: 6.0e-3", "lr: .inf", "lr:", "optimizer.lr is inf, allowed: a finite number"),
         ("seed: 0", "seed: true", "seed:", "seed is True, allowed: a valid integer"),
+        ("seed: 0", "seed: 9223372036854775808", "seed:", "seed is 9223372036854775808, allowed: less than 9223372036854775808"),
+        ("run: runs/quickstart", "run: 3", "run:", "run is 3, allowed: a path"),
         ("  dp: auto", "  dp: 0", "dp:", "parallel.dp is 0, allowed: auto, or 1 and more"),
         ("micro_steps: 1", "micro_steps: 2", "micro_steps:", "batch.micro_steps is 2, allowed: a divisor of batch.sequences, 1"),
         ("  tp: 1", "  tp: 3", "tp:", "parallel.tp is 3, which does not divide model.vocab_size"),

@@ -10,12 +10,18 @@ import pytest
 
 from helpers import SMALL_RUN, TINY
 
+PIPELINE = [
+    "parallel={pp: 2, ep: 2, cp: 2, schedule: interleaved_1f1b, stages_per_rank: 2}",
+    "batch={sequences: 4, micro_steps: 4}",
+]
+
 
 @pytest.mark.slow
-def test_a_killed_worker_is_named(tmp_path):
+@pytest.mark.parametrize(("processes", "mesh"), [(2, []), (4, PIPELINE)])
+def test_a_killed_worker_is_named(tmp_path, processes, mesh):
     (tmp_path / "text.txt").write_text("".join(f"{i} squared is {i * i}; " for i in range(700)))
     options = [*TINY, *SMALL_RUN, f"run={tmp_path / 'run'}", f"data.folder={tmp_path / 'data'}"]
-    options += ["schedule.steps=100000", "checkpoint.every=100000", "evaluation.every=100000", "--nproc", "2"]
+    options += ["schedule.steps=100000", "checkpoint.every=100000", "evaluation.every=100000", *mesh, "--nproc", str(processes)]
     command = [
         sys.executable,
         "-P",
@@ -39,6 +45,7 @@ def test_a_killed_worker_is_named(tmp_path):
             os.kill(pid, 9)
         started.kill()
     assert started.returncode == 1
+    assert "Traceback" not in printed
     assert [line for line in printed.splitlines() if line.startswith("error: ")] == [printed.splitlines()[-1]]
     assert printed.splitlines()[-1].startswith("error: rank 1 ended with SIGKILL")
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values())

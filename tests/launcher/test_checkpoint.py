@@ -44,9 +44,10 @@ COMMON = [
 
 MESHES = {
     "one": (1, []),
-    "replicate2": (2, ["parallel={dp: 2, replicate: 2}"]),
+    "replicate2": (4, ["parallel={dp: 2, cp: 2, ep: 2, replicate: 2}"]),
     "cp2": (2, ["parallel={cp: 2, layout: contiguous}"]),
     "cp4ep2": (4, ["parallel={cp: 4, ep: 2, layout: zigzag}"]),
+    "tp2ep2": (4, ["parallel={tp: 2, cp: 2, ep: 2, sequence_parallel: true}"]),
     "tp2cp2": (4, ["parallel={tp: 2, cp: 2, layout: zigzag, zero: 2}"]),
     "pp2": (2, ["parallel={pp: 2}", "model.pattern=M-|MEM-*E"]),
     "interleaved": (2, ["parallel={pp: 2, schedule: interleaved_1f1b, stages_per_rank: 2}"]),
@@ -130,6 +131,9 @@ def saved(pool, runs, reference):
         ("tp2cp2pp2", "cp4ep2"),
         ("tp2cp2pp2", "pp2"),
         ("cp4ep2", "interleaved"),
+        ("interleaved", "tp2ep2"),
+        ("replicate2", "one"),
+        ("tp2ep2", "pp2"),
     ],
 )
 def test_another_mesh_goes_on_with_the_same_losses(pool, runs, reference, saved, before, after):
@@ -240,6 +244,28 @@ def test_a_full_disk_ends_all_ranks_and_costs_no_older_checkpoint(pool, runs, as
         assert files == [[".metadata", "__0_0.distcp", "__1_0.distcp", "config.yaml", "manifest.json", "tokenizer.json"]] * 3
 
 
+def save_after_a_full_disk(rank, config):
+    """The error of a save that finds out that the one before it failed."""
+    trainer, create_stream = trainer_of(rank, config), FileSystem.create_stream
+    trainer.step()
+    FileSystem.create_stream = on_a_full_disk
+    trainer.save()
+    trainer.checkpointer.unfinished[1].exception()
+    FileSystem.create_stream = create_stream
+    trainer.step()
+    with pytest.raises(UserError) as raised:
+        trainer.save()
+    return str(raised.value)
+
+
+def test_what_a_failed_save_ends_is_saved(pool, runs):
+    config = config_of(runs, "full-once", "cp2")
+    message = f"{config.run}/checkpoints/step-00000001: cannot be written: [Errno 28] No space left on device"
+    assert pool.run(2, save_after_a_full_disk, config) == [message] * 2
+    assert [folder.name for folder in checkpoints(config.run)] == ["step-00000002"]
+    assert not list((config.run / "checkpoints").glob("*.partial"))
+
+
 def save_on_hosts_of_their_own(rank, config):
     """What every rank says where each has its files in a folder that others do not see."""
     trainer = trainer_of(rank, config.model_copy(update={"run": config.run / str(rank)}))
@@ -298,7 +324,7 @@ def small(pool, runs):
     [
         (["model.pattern=ME|ME", "model.repeat=1"], None),
         ([f"model.moe.{change}" for change in ("aux_loss=0", "z_loss=0.1", "bias_rate=0.1", "balance=pooled", "capacity=2")], None),
-        (["precision=fp64"], None),
+        (["precision=fp64", "model.mamba2.chunk_size=8", "model.initializer_range=0.3"], None),
         (["model.pattern=M-"], "its model.pattern is 'MEME', the config's 'M-M-'"),
         (["model.moe.shared_hidden=8"], "its model.moe.shared_hidden is 0, the config's 8"),
         (["model.tied_embeddings=true"], "its model.tied_embeddings is False, the config's True"),
@@ -375,8 +401,9 @@ def test_merge_overwrites_nothing_and_leaves_nothing_half_written(small, tmp_pat
     (tmp_path / "old.safetensors").write_text("good")
     with pytest.raises(UserError, match=r"old.safetensors exists; allowed: a file that does not$"):
         merge(contents, tmp_path / "old.safetensors")
-    with pytest.raises(UserError, match=r"nowhere/new.safetensors: No such file or directory$"):
-        merge(contents, tmp_path / "nowhere" / "new.safetensors")
+    for folder in ("nowhere", "old.safetensors"):
+        with pytest.raises(UserError, match=rf"{folder} is no folder; allowed: a file in one that exists$"):
+            merge(contents, tmp_path / folder / "new.safetensors")
     assert {path.name for path in tmp_path.iterdir()} == {small.name, "old.safetensors"}
 
 
@@ -388,7 +415,8 @@ def test_inspect_says_what_is_there(gathered):
     count = sum(tensor.numel() for tensor in expected.values())
     for text in (
         f"{newest}\n  step        1: 4 samples, 256 tokens\n",
-        "on          4 ranks: dp 1 x cp 1 x tp 2 x pp 2 x ep 1, contiguous\n  precision   fp64\n  pattern     M-MEM-*E\n",
+        "on          4 ranks: dp 1 x cp 1 x tp 2 x pp 2 x ep 1, schedule 1f1b, contiguous\n  precision   fp64\n",
+        "  pattern     M-MEM-*E\n",
         f"model       {count:,} parameters",
         "files       8, ",
     ):

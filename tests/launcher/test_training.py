@@ -71,6 +71,7 @@ COMMON = {
         "model.moe.balance=pooled",
         "model.moe.z_loss=0.01",
         "model.moe.shared_hidden=16",
+        "model.moe.capacity=0.7",
     ],
 }
 MESHES = {
@@ -84,7 +85,7 @@ MESHES = {
     "tp2 cp2 pp2": (
         "packed",
         8,
-        ["parallel={tp: 2, cp: 2, pp: 2}", "model.pattern=M-|MEM-*E"],
+        ["parallel={tp: 2, cp: 2, pp: 2, zero: 2}", "model.pattern=M-|MEM-*E"],
         "pp 2 x dp 1 x cp 2 x tp 2, contiguous, cpu",
     ),
     "interleaved": (
@@ -263,14 +264,13 @@ def bad_gradient(rank, config):
     trainer = trainer_of(rank, config)
     micro_steps = list(trainer.train_data.step(0))
     trainer.stages.forward_backward(micro_steps, torch.tensor(64))
-    found = [first_bad_output(trainer.stages, micro_steps)]
     for name, p in trainer.stages.named_parameters():
         if name == "layers.1.feed_forward_norm.weight":
             local_part(p.grad).fill_(float("inf"))
-    return [*found, first_bad_gradient(trainer.stages)]
+    return [first_bad_output(trainer.stages, micro_steps), first_bad_gradient(trainer.stages)]
 
 
-@pytest.mark.parametrize("degrees", ["cp: 2", "pp: 2, cp: 1"])
+@pytest.mark.parametrize("degrees", ["cp: 2, zero: 2", "pp: 2, cp: 1"])
 def test_the_part_with_a_bad_gradient_is_named(pool, tmp_path, text, degrees):
     config = small_run(tmp_path, [f"parallel={{{degrees}}}", "batch.micro_steps=2"], text, 2)
     prepare(config)

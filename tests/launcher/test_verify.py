@@ -368,6 +368,8 @@ def test_matrix_has_every_way():
         (["--ep", "3", "--nproc", "3"], "parallel.ep is 3, allowed: a divisor of model.moe.experts, 4"),
         (["parallel.schedule=zero_bubble", "--nproc", "2"], "not zero-bubble schedules"),
         (["--matrix", "parallel.stages_per_rank=2"], "so parallel.stages_per_rank is not for you to give"),
+        (["--matrix", "parallel={tp: 2}"], "so parallel is not for you to give"),
+        (["--matrix", "parallel.replicate=2"], "so parallel.replicate is not for you to give"),
         (["--tp", "3", "--nproc", "3"], "parallel.tp is 3, which does not divide"),
         (["--layout", "spiral", "--nproc", "2"], "parallel.layout is 'spiral', allowed: 'contiguous' or 'zigzag'"),
         (["--matrix", "--cp", "2"], "--matrix compares every mesh, so parallel.cp is not for you to give"),

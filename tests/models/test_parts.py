@@ -130,6 +130,54 @@ def test_moe(more):
     assert torch.equal(part.load, hits * 22)
 
 
+def test_only_training_drops_tokens():
+    part, config = filled(MoE, ["model.moe.capacity=0.8"])
+    y, _ = part.eval()(inputs())
+    expected, _, _ = moe_by_definition(part, config.moe.model_copy(update={"capacity": None}), inputs())
+    assert relative_error(y.flatten(0, 1).detach(), expected.detach()) <= 1e-12
+
+
+class Noted:
+    """In place of an exchange with other ranks: notes when rows leave and when they are waited for."""
+
+    def __init__(self, events, way=()):
+        self.events, self.way = events, way
+
+    def start(self, *rows):
+        self.events.append("rows leave")
+        return Noted(self.events, rows)
+
+    def send_back(self, rows):
+        self.events.append("rows return")
+        return Noted(self.events, (rows,))
+
+    def wait(self):
+        self.events.append("wait")
+        return self.way if len(self.way) > 1 else self.way[0]
+
+
+def test_the_shared_expert_is_computed_while_rows_travel():
+    part, _ = filled(MoE, ["model.moe.shared_hidden=24"])
+    expected, _ = part(inputs())
+    events = []
+    part.experts.exchange = Noted(events)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        getattr(part.experts.shared, name).register_forward_hook(lambda *_, name=name: events.append(name))
+    assert torch.equal(part(inputs())[0], expected)
+    assert events == ["rows leave", "gate_proj", "up_proj", "wait", "rows return", "down_proj", "wait"]
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 6, 12])
+def test_the_capacity_does_not_round_by_the_ranks(ranks):
+    """Of 360 tokens, 2 experts each: 1.1 * 720 / 4 is a little over 198 in fp64, whatever the ranks."""
+    limits = []
+    part, _ = filled(MoE, ["model.moe.capacity=1.1"])
+    part.experts.token_ranks = ranks
+    part.experts.within_capacity.keep = lambda chosen, _, limit, experts: limits.append(limit) or chosen < experts
+    part(inputs(180 // ranks))
+    assert limits == [199]
+
+
 @pytest.mark.parametrize("balance", ["layer", "pooled"])
 def test_auxiliary_loss_of_two_layers(balance):
     """Pooled: hits and probabilities over the tokens of both, before the product."""

@@ -1,11 +1,12 @@
-"""How a rank's stages are built and how their parameters are gathered; that they compute what one rank does is `baton verify`'s."""
+"""How a rank's stages are built, gathered and run; that they compute what one rank does is `baton verify`'s."""
 
+import gc
 import itertools
 
 import pytest
 import torch
 
-from helpers import tiny_config
+from helpers import compare, tiny_config
 
 
 def build(config):
@@ -14,6 +15,12 @@ def build(config):
 
     mesh = build_mesh(config.parallel, "cpu")
     return build_stages(config, mesh, torch.device("cpu")), mesh
+
+
+def micro_steps_of(config, stages, mesh):
+    from baton.launcher.verification.batch import Share, draw_batch
+
+    return draw_batch(config, 1).micro_steps(Share.of(mesh, config.parallel)[mesh.rank("dp_cp")], stages.device)
 
 
 def numbers_held_while_building(rank, config):
@@ -103,6 +110,23 @@ def test_zero_2_keeps_what_3_frees(pool):
         assert pool.run(2, gathered_after_forward, config)[0] == {kind}
 
 
+def sharded_gradients(rank, config):
+    """Whether the last layer has its gradients in shards, at the start of each micro-step."""
+    stages, mesh = build(config)
+    first, *_, last = stages.models[0].layers.values()
+    found = []
+    first.register_forward_pre_hook(lambda *_: found.append({p.grad is not None for p in last.parameters()}))
+    stages.forward_backward(micro_steps_of(config, stages, mesh), torch.tensor(96))
+    return found
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_gradients_are_sharded_between_micro_steps(pool, zero):
+    options = [f"parallel={{dp: 2, cp: 1, zero: {zero}}}", "batch={sequences: 6, micro_steps: 3}"]
+    for found in pool.run(2, sharded_gradients, tiny_config(options, 2)):
+        assert found == [{False}, {True}, {True}]
+
+
 def refused(rank, config):
     with pytest.raises(ValueError, match="4 experts do not divide over 3 ranks"):
         build(config)
@@ -113,3 +137,58 @@ def test_experts_that_do_not_divide_are_refused(pool):
     config = tiny_config(["parallel.dp=3", "parallel.cp=1", "batch.sequences=3"], 3)
     parallel = config.parallel.model_copy(update={"ep": 3})
     pool.run(3, refused, config.model_copy(update={"parallel": parallel}))
+
+
+def test_a_stage_without_mamba_takes_part_in_the_others_groups(pool):
+    """2 ranks share a group of the gated norms, in the first stage alone; the group of the tied ends is made after that."""
+    options = ["model.pattern=M-M|*-", "model.repeat=1", "model.tied_embeddings=true", "batch={sequences: 2, micro_steps: 2}"]
+    config = tiny_config(["precision=fp64", "parallel={tp: 4, cp: 1, pp: 2}", *options], 8)
+    assert pool.run(8, compare, config)[0].ok
+
+
+def hooks_after_steps(rank, config):
+    """The most hooks that a tensor here has, after 2 steps and after 4."""
+    stages, mesh = build(config)
+    found = []
+    for _ in range(2):
+        for _ in range(2):
+            stages.forward_backward(micro_steps_of(config, stages, mesh), torch.tensor(96))
+            for parameter in stages.parameters():
+                parameter.grad = None
+        tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.is_leaf]
+        found.append(max(len(each._backward_hooks or ()) for each in tensors))
+    return found
+
+
+def test_steps_leave_no_hooks(pool):
+    """The stage in the middle has no experts, whose losses would be added to what comes in."""
+    options = ["model.pattern=M-|M-|*-", "model.repeat=1", "batch={sequences: 3, micro_steps: 3}"]
+    config = tiny_config(["parallel={pp: 3, cp: 1}", *options], 3)
+    for earlier, later in pool.run(3, hooks_after_steps, config):
+        assert earlier == later
+
+
+def error_of_a_stage(rank, config, kind, *args):
+    """What comes of an error in a stage's layer: in the second's first micro-step, the first's second, so that neither waits."""
+    stages, mesh = build(config)
+    calls = []
+
+    def fail(*_):
+        calls.append(rank)
+        if len(calls) == 2 - rank:
+            raise kind(*args)
+
+    next(iter(stages.models[0].layers.values())).register_forward_pre_hook(fail)
+    try:
+        stages.forward_backward(micro_steps_of(config, stages, mesh), torch.tensor(96))
+    except Exception as raised:
+        return type(raised).__name__, str(raised)
+
+
+def test_a_stages_error_is_raised_as_it_is(pool):
+    """And not as the schedule's own, which would hide that a rank is gone."""
+    from baton.parallel.failures import RankGone
+
+    config = tiny_config(["parallel={pp: 2, cp: 1}", "batch={sequences: 2, micro_steps: 2}"], 2)
+    for kind, *args in ((RankGone, [1], "said"), (ValueError, "said")):
+        assert pool.run(2, error_of_a_stage, config, kind, *args) == [(kind.__name__, "said")] * 2

@@ -41,7 +41,7 @@ def test_tp_is_innermost_and_pp_outermost(of_rank_five):
     found = of_rank_five["pp2 cp2 tp2"]
     assert [found[axis] for axis in ("pp", "dp", "cp", "tp")] == [[1, 5], [5], [5, 7], [4, 5]]
     assert [found[axis] for axis in ("dp_cp", "dp_cp_tp", "pp_dp_cp")] == [[5, 7], [4, 5, 6, 7], [1, 3, 5, 7]]
-    assert (found["ep"], found["edp"], found["expert_tensor"]) == ([5, 7], [5], [[4, 5], [6, 7]])
+    assert (found["ep"], found["expert_data"], found["expert_tensor"]) == ([5, 7], [5], [[4, 5], [6, 7]])
     assert found["ends"] == [1, 5]
 
 
@@ -49,7 +49,7 @@ def test_copies_are_the_outermost_of_dp_and_experts_neighbours_of_cp(of_rank_fiv
     found = of_rank_five["hsdp"]
     assert (found["dp"], found["cp"], found["dp_cp"]) == ([1, 3, 5, 7], [4, 5], list(range(8)))
     assert found["data"] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert (found["ep"], found["edp"], found["expert_data"]) == ([4, 5], [1, 3, 5, 7], [[1, 3], [5, 7]])
+    assert (found["ep"], found["expert_data"]) == ([4, 5], [[1, 3], [5, 7]])
 
 
 def test_ranks_between_a_pipelines_ends_have_no_end(of_rank_five):

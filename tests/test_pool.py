@@ -45,6 +45,7 @@ def own_pool():
     pool.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "timeout", "message"),
     [

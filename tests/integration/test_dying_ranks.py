@@ -48,6 +48,7 @@ def ends(process, rank, tmp_path, within):
     return [line for line in printed.splitlines() if line.startswith("error: ")], told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [2, 0])
 def test_a_killed_rank_is_named_by_all(ranks, tmp_path, victim):
     """Rank 0 holds the store."""
@@ -61,6 +62,7 @@ def test_a_killed_rank_is_named_by_all(ranks, tmp_path, victim):
         assert lines == ([f"error: {told.removeprefix('UserError: ')}"] if rank == survivors[0] else [])
 
 
+@pytest.mark.slow
 def test_a_silent_rank_is_named_by_all(ranks, tmp_path):
     """The timeout finds rank 2, which is stopped; rank 3 waits where no error can reach it."""
     processes = ranks(stuck="3", timeout=3)

@@ -42,6 +42,7 @@ def test_the_link_is_as_slow_as_asked(two_hosts):
     assert quick < slow / 2
 
 
+@pytest.mark.slow
 def test_a_cut_link_ends_both_sides_with_the_others_name(two_hosts):
     first, second = two_hosts.start(EXCHANGE, BATON_TIMEOUT="3", CUDA_VISIBLE_DEVICES="")
     join([first, second])

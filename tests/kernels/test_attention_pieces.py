@@ -208,6 +208,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "l", "bound"), [("flash_cpu", 32768, 64), ("reference", 12288, 64)])
 def test_memory_is_not_quadratic(backend, l, bound):
     """MiB above a run of 2048 tokens, forward and backward; one L x L matrix in fp32 has 4096 and 576."""

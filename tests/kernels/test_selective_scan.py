@@ -220,6 +220,7 @@ def sharded(rank, layout, sizes, strategy):
     return run(fast, own, initial, layout.shard(resets, rank), layout.shard(dy, rank), dfinal, scan=scan)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="several ranks on one GPU: `baton verify --share-device` does that")
 @pytest.mark.parametrize("strategy", ["allgather", "sliced"])
 @pytest.mark.parametrize(("kind", "world"), [("contiguous", 2), ("zigzag", 2), ("contiguous", 4), ("zigzag", 4)])

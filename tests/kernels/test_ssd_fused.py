@@ -115,6 +115,7 @@ def test_16_bits(shape, share, gate, dtype):
     assert_as_good_as_plain(draw(shape, dtype, gate), resets)
 
 
+@pytest.mark.slow
 def test_16_bits_of_a_number_a_head():
     """dA, dD and ddt_bias, whose errors are a few numbers' luck, over several draws."""
     errors = {"dA": [], "dD": [], "ddt_bias": []}
@@ -128,6 +129,7 @@ def test_16_bits_of_a_number_a_head():
         assert ours <= 2 * theirs, f"{name}: {ours}, plain PyTorch {theirs}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dt_scale", [0.05, 20.0])
 def test_weak_and_strong_decays(dt_scale):
     assert_as_good_as_plain(draw((1, 200, 2, 32, 1, 16), dt_scale=dt_scale))
@@ -149,6 +151,7 @@ def test_one_token_that_forgets_all(spike):
     assert_close(kernels(values), exact(values), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("programs", [1, 4])
 def test_several_blocks_in_a_segment(monkeypatch, programs):
     """Long sequences have segments of many blocks, of which the last is cut short, and heads of a group in one program."""
@@ -161,6 +164,7 @@ def test_limits_of_dt():
     assert_close(kernels(values, dt_limit=limit), exact(values, dt_limit=limit), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["reversed", "shuffled"])
 def test_any_order_of_programs_gives_the_same_bits(order):
     values = draw((1, 100, 2, 32, 2, 16))
@@ -176,6 +180,7 @@ def test_tensor_cores_do_not_round_fp32():
         assert_as_good_as_plain(values)
 
 
+@pytest.mark.slow
 def test_strided_operands():
     """x a part of a wider tensor with its heads apart, B and C interleaved, dt transposed: as for copies of them."""
     values = draw((2, 70, 2, 32, 1, 16))
@@ -195,6 +200,7 @@ def test_strided_operands():
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_compiles_as_one_op():
     values = draw((1, 70, 2, 32, 1, 16), gate=True)
     function = torch.compile(functools.partial(fast, chunk_size=64), fullgraph=True, backend="aot_eager")
@@ -223,6 +229,7 @@ def test_operators_keep_their_promises(triton):
     torch.library.opcheck(ops.ssd_main_grads, (*operands, *prepared, S_in, S_in, y), **checks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", [True, False])
 def test_checkpointing_sees_an_op(saved):
     """A policy that keeps the scan's results keeps it from being computed twice."""

@@ -120,6 +120,7 @@ def saved(pool, runs, reference):
     return save
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -141,6 +142,7 @@ def test_another_mesh_goes_on_with_the_same_losses(pool, runs, reference, saved,
     assert_same(pool.run(MESHES[after][0], train, config, END, saved(before)), reference[STOP:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["exp_avg", "exp_avg_sq", "step"])
 def test_the_losses_hang_on_the_optimizers_state(pool, runs, reference, saved, lost):
     """That the test above can fail."""
@@ -149,6 +151,7 @@ def test_the_losses_hang_on_the_optimizers_state(pool, runs, reference, saved, l
     assert abs(found[-1, 0] / reference[-1, 0] - 1) > 1e-4
 
 
+@pytest.mark.slow
 def test_fp32_goes_on_with_the_same_losses(pool, runs):
     """What the optimizer's square roots make of rounding stays below 1e-5."""
     common = ["precision=fp32", "batch={sequences: 4, micro_steps: 2}"]

@@ -64,6 +64,7 @@ def test_a_failing_worker_ends_all_with_one_line(tmp_path, text):
     assert done.stderr.count("not finite first in") == 1
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_ranks(tmp_path, text):
     """As under torchrun, a world of one."""
     variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}

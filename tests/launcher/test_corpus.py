@@ -24,6 +24,7 @@ def test_files_folders_lines_and_gz(tmp_path):
     assert list(documents([str(tmp_path / "folder"), str(tmp_path / "named.weird")], FAR)) == found
 
 
+@pytest.mark.slow
 def test_the_default_is_the_standard_library_up_to_a_size():
     found = list(documents([], 300_000))
     assert 300_000 <= sum(len(text.encode()) for text in found) < 1_000_000

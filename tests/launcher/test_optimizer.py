@@ -109,6 +109,7 @@ def straight(pool, folder):
     return pool.run(4, train, config, build_optimizer, False, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [(with_stand_in,) * 2, (with_stand_in, build_optimizer), (build_optimizer, with_stand_in)])
 def test_apex_steps_as_torch_does(pool, folder, straight, order):
     """Three steps with a checkpoint after two, which either reads of the other."""

@@ -45,6 +45,7 @@ def losses(config):
     return {line["step"]: (line["loss"], line["grad_norm"]) for line in read_metrics(config.run) if "loss" in line}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degree", ["cp", "tp"])
 def test_a_resumed_run_is_bit_identical(pool, tmp_path, text, degree):
     options = [f"parallel.{degree}=2"]
@@ -150,6 +151,7 @@ def alone(pool, folder):
     return {common: pool.run(1, learn, learning(folder, common, []))[0] for common in COMMON}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh_learns_the_same(pool, folder, alone, mesh):
     """Three AdamW steps: losses, norms, tokens by expert, the experts' biases, validation, and what follows a prompt."""
@@ -168,6 +170,7 @@ def test_every_mesh_learns_the_same(pool, folder, alone, mesh):
         assert values == pytest.approx(expected.biases[name], rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("common", COMMON)
 def test_what_is_compared_tells_meshes_apart(alone, folder, common):
     """Every step is clipped and changes the loss; every token counts top_k times in each step; biases have moved, not all alike."""

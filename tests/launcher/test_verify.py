@@ -164,6 +164,7 @@ def threads_after(rank, meshes):
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
 def test_meshes_end_with_their_threads(pool):
     """Each group of gloo has some, which wake up a hundred times a second: what a matrix took would grow with its square."""
@@ -404,6 +405,7 @@ def baton_verify(tmp_path, *options, **environment):
     return done, json.loads((tmp_path / "out.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     """Every mesh of two ranks in one set of workers, which talk through the host as on one device."""
     options = ["--matrix", "--share-device", "--nproc", "2", "--micro-steps", "2"]
@@ -417,6 +419,7 @@ def test_the_command(tmp_path):
     assert done.stderr.count(": ok, ") == len(written["cases"])
 
 
+@pytest.mark.slow
 def test_the_command_fails(tmp_path):
     """Workers that start with a broken exchange: one line says so, and nothing else goes wrong."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -75,6 +75,7 @@ def compare(pool, overrides, cp, layout, cu_seqlens):
             assert relative_error(found_gradients[name], gradient) <= 1e-10, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("cp", [1, 2, 4, 8])
 def test_documents_are_alone(pool, cp, layout):

@@ -16,6 +16,7 @@ SIZES = [
 """A layer of each kind, of sizes that every kernel takes."""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="several ranks on one GPU: `baton verify --share-device` does that")
 @pytest.mark.parametrize(
     ("world", "overrides"),

@@ -91,6 +91,7 @@ def check_as_good_as_one_device(verdict):
             assert error <= max(2 * alone, 1e-5), f"{quantity} of {name}: {error}, one device {alone}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "layout", "groups", "documents"),
     [*((*case, "single") for case in CASES), *((*case, "packed") for case in PACKED)],
@@ -101,6 +102,7 @@ def test_fp64_is_exact(pool, mesh, layout, groups, documents):
     check_exact(pool.run(world, compare, tiny_config([*overrides, *degrees], world))[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TOGETHER)
 def test_axes_together_are_exact(pool, case):
     """Gradients summed over ranks and micro-steps, the auxiliary loss of each micro-step, documents through a schedule."""
@@ -123,6 +125,7 @@ def test_fp32_is_as_good_as_one_device(pool, mesh, layout, groups):
     check_as_good_as_one_device(pool.run(world, compare, tiny_config([*overrides, *degrees], world))[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "precision"), [("tp2 cp2 pp2 ep2", "fp32"), ("cp2 dp2 pp2 ep2 interleaved HSDP", "bf16")])
 def test_axes_together_below_fp64(pool, case, precision):
     """By kind of module, as `baton verify` has it: in bf16 the error of a small tensor alone is much a matter of chance."""
@@ -165,6 +168,7 @@ def compare_biased(rank, config):
         hybrid.initialize = initialize
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["tp2 cp2 pp2 ep2", "cp2 dp2 pp2 ep2 interleaved HSDP"])
 def test_every_option_of_the_experts(pool, case):
     """The load-balancing loss pooled over a pipeline's stages, the same tokens dropped, the biases the same after a step."""

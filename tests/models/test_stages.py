@@ -139,6 +139,7 @@ def test_experts_that_do_not_divide_are_refused(pool):
     pool.run(3, refused, config.model_copy(update={"parallel": parallel}))
 
 
+@pytest.mark.slow
 def test_a_stage_without_mamba_takes_part_in_the_others_groups(pool):
     """2 ranks share a group of the gated norms, in the first stage alone; the group of the tied ends is made after that."""
     options = ["model.pattern=M-M|*-", "model.repeat=1", "model.tied_embeddings=true", "batch={sequences: 2, micro_steps: 2}"]

@@ -49,6 +49,7 @@ def clipped_step_of_one(config):
     return norm, {name: p.detach() - p.grad * LIMIT / (norm + 1e-6) for name, p in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_norm_and_clipping_are_those_of_one_process(pool, name):
     world, degrees = MESHES[name]

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...configs.pattern import CUT, parse_pattern
+from ...configs.schema import ParallelConfig
 from ..benchmarks.report import size
 from .contents import Contents, Entry
 
@@ -31,7 +32,7 @@ def describe(contents: Contents) -> list[str]:
     facts, config, entries = contents.facts, contents.config, contents.entries
     parallel, model = config["parallel"], config["model"]
     mesh = [" x ".join(f"{axis} {parallel.get(axis, 1)}" for axis in ("dp", "cp", "tp", "pp", "ep"))]
-    mesh += [f"{key} {parallel[key]}" for key in _that_count(parallel)]
+    mesh += [f"{key} {parallel[key]}" for key in _further(parallel)]
     tokens = facts["consumed"] * config["data"]["context"]
     files = facts["files"]
     return [
@@ -47,11 +48,12 @@ def describe(contents: Contents) -> list[str]:
     ]
 
 
-def _that_count(parallel: dict[str, Any]) -> list[str]:
-    """Further keys of the mesh that are not as they are without being named; a config of before they were there has none."""
-    usual = {"replicate": 1, "zero": 3, "stages_per_rank": 1, "sequence_parallel": False}
-    pipeline = ["schedule"] if parallel.get("pp", 1) > 1 else []
-    return pipeline + [key for key, value in usual.items() if parallel.get(key, value) != value]
+def _further(parallel: dict[str, Any]) -> list[str]:
+    """Keys of the mesh beyond its degrees that are not at their default; an older config may lack them."""
+    default = ParallelConfig().model_dump()
+    pipeline = ["schedule"] if parallel.get("pp", 1) > 1 and "schedule" in parallel else []
+    keys = ("stages_per_rank", "replicate", "zero", "sequence_parallel")
+    return pipeline + [key for key in keys if parallel.get(key, default[key]) != default[key]]
 
 
 def _parts(contents: Contents) -> Table:

@@ -29,10 +29,15 @@ from .run_folder import checkpoint_folder, checkpoints
 from .token_files import tokenizer_digest
 
 PARTIAL = ".partial"
-FREE = (
-    *("moe.aux_loss", "moe.balance", "moe.z_loss", "moe.bias_rate", "moe.capacity"),
-    *("mamba2.chunk_size", "initializer_range"),
-)
+FREE = {
+    "initializer_range",
+    "mamba2.chunk_size",
+    "moe.aux_loss",
+    "moe.balance",
+    "moe.bias_rate",
+    "moe.capacity",
+    "moe.z_loss",
+}
 """Keys of the model that a run may change on its way: no shape depends on them, and nothing that was learned."""
 
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -146,23 +147,23 @@ class Trainer:
         """Saves the state from before the step, unless it is damaged itself, and says where the first bad value arises."""
         where = first_bad_output(self.stages, micro_steps) or first_bad_gradient(self.stages)
         self.optimizer.zero_grad()
-        lost = self._finish_saving()
+        lost = _error_of(self.checkpointer.finish)
         saved = checkpoint_folder(self.config.run, self.done).exists()
         damaged = not_finite(self.stages.parameters())
         if self.done > 0 and not any(anywhere([saved, damaged], self.environment.device)):
-            self.save()
-            lost += self._finish_saving()
+            lost += _error_of(self.save) + _error_of(self.checkpointer.finish)
         good = checkpoints(self.config.run)
         kept = f"{good[-1]} has the state before" if good else "no checkpoint was written before"
         raise UserError(f"step {self.done + 1}: the loss is {loss}: not finite first in {where}; {kept}{lost}")
 
-    def _finish_saving(self) -> str:
-        """What else there is to say: of a checkpoint that could not be written."""
-        try:
-            self.checkpointer.finish()
-        except UserError as error:
-            return f"; {error}"
-        return ""
+
+def _error_of(saving: Callable[[], object]) -> str:
+    """What a message about something worse adds of a checkpoint that could not be written."""
+    try:
+        saving()
+    except UserError as error:
+        return f"; {error}"
+    return ""
 
 
 def _labelled(micro_step: MicroStep) -> Tensor:

@@ -26,6 +26,7 @@ from baton.launcher.cli import app
 from baton.launcher.environment import Environment
 from baton.launcher.training.run_folder import checkpoint_folder, checkpoints
 from baton.launcher.training.token_files import prepare
+from baton.models.hybrid import Losses
 from baton.parallel.gradients import local_part
 from helpers import small_run
 
@@ -267,6 +268,29 @@ def test_what_a_failed_save_ends_is_saved(pool, runs):
     assert pool.run(2, save_after_a_full_disk, config) == [message] * 2
     assert [folder.name for folder in checkpoints(config.run)] == ["step-00000002"]
     assert not list((config.run / "checkpoints").glob("*.partial"))
+
+
+def diverge_on_a_full_disk(rank, config):
+    """What a step says whose loss is no number, where the state before it cannot be saved."""
+    trainer, create_stream = trainer_of(rank, config), FileSystem.create_stream
+    trainer.step()
+    forward_backward = trainer.stages.forward_backward
+    trainer.stages.forward_backward = lambda *args: Losses(*(loss * float("nan") for loss in forward_backward(*args)))
+    FileSystem.create_stream = on_a_full_disk
+    try:
+        with pytest.raises(UserError) as raised:
+            trainer.step()
+    finally:
+        FileSystem.create_stream = create_stream
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_full_disk_does_not_hide_a_loss_that_is_not_finite(pool, runs, asynchronous):
+    config = config_of(runs, f"diverged-{asynchronous}", "cp2", [f"checkpoint.asynchronous={asynchronous}"])
+    for message in pool.run(2, diverge_on_a_full_disk, config):
+        assert message.startswith("step 2: the loss is nan: not finite first in ")
+        assert message.endswith("step-00000001: cannot be written: [Errno 28] No space left on device")
 
 
 def save_on_hosts_of_their_own(rank, config):

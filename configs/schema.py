@@ -27,6 +27,7 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+Recompute = Literal["none", "mixer", "feed_forward", "layer"]
 
 
 class Section(BaseModel):
@@ -175,6 +176,8 @@ class ParallelConfig(Section):
     then. In a pipeline torch's schedules keep a stage's from a backward to the next forward, and its gradients whole."""
     sequence_parallel: bool = False
     """Whether tp ranks share out the tokens between tensor regions: norms, residuals, routers."""
+    recompute: Recompute = "none"
+    """Which part of each layer, with its norm, backward computes again instead of keeping what it needs of forward."""
     schedule: Annotated[Literal["1f1b", "interleaved_1f1b"], BeforeValidator(refuse_zero_bubble)] = "1f1b"
     """Order of a pipeline's forwards and backwards."""
     stages_per_rank: Count = 1

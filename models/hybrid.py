@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configs.pattern import LayerKinds
-from ..configs.schema import ModelConfig
+from ..configs.schema import ModelConfig, Recompute
 from ..kernels.documents import Documents
 from .initialization import initialize
 from .mixers.attention import Attention
@@ -15,6 +15,7 @@ from .mixers.mamba2 import Mamba2
 from .mlp import MLP
 from .moe import MoE, auxiliary_loss, auxiliary_size
 from .norm import RMSNorm
+from .recompute import run_again
 from .vocabulary import Embedding, Projection
 
 BUILDERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
@@ -55,15 +56,29 @@ class Layer(nn.Module):
         if kinds.feed_forward is not None:
             self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
             self.feed_forward = BUILDERS[kinds.feed_forward](config)
+        self.recompute: Recompute = "none"
+        """What backward computes again."""
 
     def forward(
         self, x: Tensor, positions: Tensor | None = None, documents: Documents | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """x [b, l, d], positions [l] -> x, and the layer's part of the auxiliary loss if it has one."""
-        y = self.mixer(self.mixer_norm(x), positions, documents)
+        if self.recompute == "layer":
+            return run_again(self._both, x, positions, documents)
+        return self._both(x, positions, documents)
+
+    def _both(self, x: Tensor, positions: Tensor | None, documents: Documents | None) -> tuple[Tensor, Tensor | None]:
+        mix = (x, positions, documents)
+        y = run_again(self._mix, *mix) if self.recompute == "mixer" else self._mix(*mix)
         if self.kinds.feed_forward is None:
-            # Not left to the next layer's norm: checkpointing would keep two tensors of a layer's border instead of their sum.
+            # Not left to the next layer's norm: a layer that is computed again would keep two tensors instead of their sum.
             return x + y, None
+        return run_again(self._feed, y, x) if self.recompute == "feed_forward" else self._feed(y, x)
+
+    def _mix(self, x: Tensor, positions: Tensor | None, documents: Documents | None) -> Tensor:
+        return self.mixer(self.mixer_norm(x), positions, documents)
+
+    def _feed(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         normed, x = self.feed_forward_norm(y, x)
         y, auxiliary = self.feed_forward(normed), None
         if self.kinds.feed_forward == "moe":

@@ -18,6 +18,7 @@ from ..kernels.swiglu import swiglu
 from ..parallel.experts import ExpertCapacity, ExpertExchange
 from ..parallel.layout import Layout
 from .mlp import MLP
+from .recompute import recomputing
 from .sharding import Sharding, SplitExperts
 
 
@@ -76,7 +77,7 @@ class MoE(nn.Module):
         if self.sum_over_tokens is not None:
             statistics = self.sum_over_tokens(statistics)
         hits, totals, count, squares = statistics.split([experts, experts, 1, 1])
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not recomputing():
             self.load += hits.detach()
         penalty = sizes.z_loss * squares / count
         if sizes.balance == "pooled":

@@ -49,6 +49,8 @@ def build_stage(
         model = HybridModel(config.model, layers).to(DTYPES[config.precision])
     model.packed = config.data.documents == "packed"
     model.strategies = strategies
+    for layer in model.layers.values():
+        layer.recompute = config.parallel.recompute
     shard_sequence(model, config, mesh)
     spread_experts(model, config, mesh)
     parts, tied = model.parts(), []

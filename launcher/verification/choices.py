@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor
 
 from ...models.moe import MoE
+from ...models.recompute import recomputing
 
 NamedMoEs = Iterable[tuple[str, MoE]]
 """Mixtures of experts by their names in the whole model."""
@@ -20,8 +21,10 @@ def record_choices(moes: NamedMoEs) -> dict[str, list[Tensor]]:
 
     def record(name: str, choose: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def recorded(probabilities: Tensor) -> Tensor:
-            chosen[name].append(choose(probabilities))
-            return chosen[name][-1]
+            choice = choose(probabilities)
+            if not recomputing():
+                chosen[name].append(choice)
+            return choice
 
         return recorded
 
@@ -39,11 +42,14 @@ def replay_choices(moes: NamedMoEs, choices: Mapping[str, Tensor]) -> dict[tuple
     flips: dict[tuple[str, int], int] = {}
 
     def replay(name: str, choose: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        calls = enumerate(choices[name])
+        calls, recomputed = enumerate(choices[name]), iter(choices[name])
 
         def replayed(probabilities: Tensor) -> Tensor:
+            if recomputing():
+                return next(recomputed)
             number, given = next(calls)
-            own = choose(probabilities).sort(-1).values
+            # Without gradient, for nothing must be kept here that is not kept when it is computed again.
+            own = choose(probabilities.detach()).sort(-1).values
             flips[name, number] = int((own != given.sort(-1).values).any(-1).sum())
             return given
 

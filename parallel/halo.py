@@ -1,5 +1,6 @@
 """The tokens just before each segment, which a short causal convolution needs: point to point, with the gradient's way back."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,12 @@ from ..kernels.scan import without_memory
 from .failures import naming_the_missing
 from .layout import Layout
 from .segments import Passing, Segments
+
+
+def halo_messages(layout: Layout, rank: int, reverse: bool = False) -> int:
+    """How many segments' last tokens a rank sends to others; in reverse, how many gradients of what came."""
+    owners = layout.owners[::-1] if reverse else layout.owners
+    return sum(giver == rank != taker for giver, taker in itertools.pairwise(owners))
 
 
 class SequenceHalo:

@@ -167,6 +167,16 @@ def largest_sent(strategy: str, layout: Layout, state_bytes: int, decay_bytes: i
     return max(totals.values(), default=0)
 
 
+def sent_by(
+    rank: int, strategy: str, layout: Layout, state_bytes: int, decay_bytes: int, row_bytes: int = 4, reverse: bool = False
+) -> int:
+    """The bytes that a rank sends to others in all rounds together, in reverse those of backward; parameters as of `traffic`."""
+    if reverse and strategy in ("ring", "doubling"):
+        # What they send depends on the rank's place alone.
+        rank = layout.owners[::-1][layout.owners.index(rank)]
+    return sum(sent.get(rank, 0) for sent in _rounds(strategy, layout, state_bytes, decay_bytes, row_bytes))
+
+
 def seconds(strategy: str, layout: Layout, state_bytes: int, decay_bytes: int, link: Link, row_bytes: int = 4) -> float:
     """What the rounds of a strategy take one after another; parameters as of `traffic`."""
     sent = traffic(strategy, layout, state_bytes, decay_bytes, row_bytes)

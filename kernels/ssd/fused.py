@@ -12,13 +12,8 @@ from torch import Tensor
 
 from ..target import generation, input_precision
 from . import fused_kernels as kernels
-from .operands import Grads, Operands, Prepared
+from .operands import PROGRAMS, Grads, Operands, Prepared, R, kernel_chunk, segment_length
 
-R = 4
-"""Chunks of a block: between blocks states are in memory while gradients are computed."""
-# Enough for every processor of a GPU to have a few, so that short sequences are cut finer.
-PROGRAMS = 640
-LONGEST_SEGMENT = 4096
 HEADS = 8
 """That a program of the kernels which only read decays takes."""
 
@@ -55,7 +50,7 @@ def config(p: int, n: int, dtype: torch.dtype, generation: int) -> Config:
     wide = generation in (9, 10)
     if dtype == torch.float32:
         return Config(
-            chunk=16,
+            chunk=kernel_chunk(dtype.itemsize),
             segment_rows=32,
             segment_warps=8,
             output_rows=32 if n <= 128 and wide else 16,
@@ -70,7 +65,7 @@ def config(p: int, n: int, dtype: torch.dtype, generation: int) -> Config:
             stages=1,
         )
     return Config(
-        chunk=64,
+        chunk=kernel_chunk(dtype.itemsize),
         segment_rows=64,
         segment_warps=8 if n > 128 or (generation == 10 and n == 64) else 4,
         output_rows=64 if wide and p >= 64 and n <= 128 else 32,
@@ -115,10 +110,7 @@ class Sizes(NamedTuple):
 
     @property
     def segment_length(self) -> int:
-        length = self.block
-        while length < LONGEST_SEGMENT and 2 * length * PROGRAMS <= self.b * self.l * self.h:
-            length *= 2
-        return length
+        return segment_length(self.chunk, self.b * self.l, self.h)
 
     @property
     def segments(self) -> int:

@@ -10,7 +10,7 @@ ulysses is usp with u = R, and ring with u = 1.
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 from ...kernels.attention import Span, area, cut
 from ..layout import Layout
@@ -22,6 +22,10 @@ ATTENTION_FLOPS = {"cpu": 6e10, "cuda": 3e14}
 
 cpu: measured, one core, fp32, 4 heads of 32. cuda: not measured here; an H100 in bf16 as in arXiv 2407.08608.
 """
+
+
+BACKWARD_PRODUCTS = 2.5
+"""Products of matrices in backward for one in forward: five, of which one computes scores again, for two."""
 
 
 class LinkCost(Protocol):
@@ -93,12 +97,20 @@ def attention_traffic(
     head_dim: int,
     bytes_per_element: int,
     degree: int | None = None,
+    backward: bool = False,
 ) -> tuple[int, int]:
-    """Rounds of forward, and the bytes that a rank sends in them. l: tokens on a rank; heads: of a tp rank. Raises ValueError."""
-    rounds, blocks, dealt = _traffic(strategy, layout, b, l, heads, kv_heads, head_dim, bytes_per_element, degree)
-    if strategy == "allgather":
-        rounds = min(rounds, 1)
-    return rounds + (2 if dealt else 0), blocks + dealt
+    """Rounds of one direction, and the bytes that a rank sends in them. l: tokens on a rank; heads: of a tp rank.
+
+    Backward fetches keys and values once more, and brings their gradients home in fp32 at least. Raises ValueError.
+    """
+    sent = _traffic(strategy, layout, b, l, heads, kv_heads, head_dim, bytes_per_element, degree)
+    rounds = min(sent.blocks, 1) if strategy == "allgather" else sent.blocks
+    total = sent.blocks * sent.block + sent.dealt
+    if backward and sent.blocks:
+        # A ring's gradients go one step more than the blocks, home.
+        rounds += 1 if strategy == "allgather" else sent.blocks + 1
+        total += (sent.blocks if strategy == "allgather" else sent.blocks + 1) * sent.gradient
+    return rounds + (2 if sent.dealt else 0), total
 
 
 def attention_seconds(
@@ -112,20 +124,30 @@ def attention_seconds(
     bytes_per_element: int,
     link: LinkCost,
     flops: float,
+    backward: bool = False,
 ) -> float:
-    """Forward of one layer on the slowest rank, for single documents: a round costs latency + bytes / bandwidth.
+    """One direction of one layer on the slowest rank, for single documents: a round costs latency + bytes / bandwidth.
 
     A ring's rounds hide behind the computation as far as that lasts (`flops`: FLOP/s that a rank attains), except the first,
-    in which the ranks come together and which counts in full; no other round hides. Backward is taken to rank them alike.
+    in which the ranks come together and which counts in full; no other round hides. Backward computes 2.5 times as much.
     """
-    rounds, blocks, dealt = _traffic(strategy, layout, b, l, heads, kv_heads, head_dim, bytes_per_element, None)
+    sent = _traffic(strategy, layout, b, l, heads, kv_heads, head_dim, bytes_per_element, None)
     u = ulysses_degree(strategy, layout.ranks, heads)
     computation = 4 * head_dim * b * (heads // u) * _slowest_pairs(layout, u, l * layout.ranks) / flops
-    exposed = 2 * link.latency + dealt / link.bandwidth if dealt else 0.0
+    exposed = 2 * link.latency + sent.dealt / link.bandwidth if sent.dealt else 0.0
+    block, gradient = (link.latency + size / link.bandwidth for size in (sent.block, sent.gradient))
+    if backward:
+        computation *= BACKWARD_PRODUCTS
+    if not sent.blocks:
+        return exposed + computation
     if strategy == "allgather":
-        return computation + exposed + link.latency + blocks / link.bandwidth
-    one = link.latency + blocks / rounds / link.bandwidth if rounds else 0.0
-    return exposed + one + max(computation, (rounds - 1) * one)
+        fetched = link.latency + sent.blocks * sent.block / link.bandwidth
+        returned = link.latency + sent.blocks * sent.gradient / link.bandwidth if backward else 0.0
+        return exposed + fetched + computation + returned
+    if backward:
+        # Gradients follow one step behind the blocks, the last of them with nothing left to hide behind.
+        return exposed + block + max(computation, (sent.blocks - 1) * block + sent.blocks * gradient) + gradient
+    return exposed + block + max(computation, (sent.blocks - 1) * block)
 
 
 def choose_attention(
@@ -147,16 +169,29 @@ def choose_attention(
     return min(seconds, key=seconds.__getitem__)
 
 
+class _Sent(NamedTuple):
+    """What a rank sends in one direction."""
+
+    blocks: int
+    """Of keys and values, to others."""
+    block: int
+    """Bytes of one."""
+    gradient: int
+    """Bytes of its gradient."""
+    dealt: int
+    """Bytes of the two all-to-alls."""
+
+
 def _traffic(
     strategy: Strategy, layout: Layout, b: int, l: int, heads: int, kv_heads: int, head_dim: int, size: int, degree: int | None
-) -> tuple[int, int, int]:
-    """Blocks of keys and values that a rank sends on, their bytes, and the bytes of the two all-to-alls."""
+) -> _Sent:
     u = ulysses_degree(strategy, layout.ranks, heads, degree)
     held = math.lcm(kv_heads, u) // u
     """Key heads on a rank after the all-to-all."""
-    blocks = layout.ranks // u - 1
-    token = b * l * head_dim * size
-    return blocks, blocks * u * token * 2 * held, (u - 1) * token * (2 * (heads // u) + 2 * held)
+    token = b * l * head_dim
+    numbers = u * token * 2 * held
+    dealt = (u - 1) * token * size * (2 * (heads // u) + 2 * held)
+    return _Sent(layout.ranks // u - 1, numbers * size, numbers * max(4, size), dealt)
 
 
 def _slowest_pairs(layout: Layout, u: int, length: int) -> int:

@@ -1,0 +1,153 @@
+"""What memory is said to hold, against what autograd saves and FSDP shards."""
+
+import pytest
+import torch
+
+from baton.models.memory import EMBEDDING, HEAD, kept, parameter_shapes, part_keeps, units
+from baton.models.workload import SIZES, Workload
+from baton.parallel.gradients import local_part
+from helpers import tiny_config
+
+WIDE = [
+    "model.d_model=64",
+    "model.vocab_size=56",
+    "model.mamba2={head_dim: 32, state_dim: 16, groups: 4, chunk_size: 16}",
+    "model.attention={heads: 4, kv_heads: 2, head_dim: 24}",
+    "model.mlp.hidden=80",
+    "model.moe={experts: 4, top_k: 3, hidden: 24, shared_hidden: 40}",
+    "data.context=256",
+]
+"""Sizes that the kernels take, all different; enough tokens for what is a number a token not to count."""
+
+
+def workload(config, strategies=("sliced", "ring")):
+    exchange, attention = strategies
+    parallel = config.parallel.model_copy(update={"strategy": exchange, "attention": attention})
+    b = config.batch.sequences // config.batch.micro_steps // parallel.dp
+    fused = config.kernels == "triton"
+    return Workload(config.model, parallel, b, config.data.context, SIZES[config.precision], fused)
+
+
+def in_balance(moe):
+    """Every expert gets as many rows."""
+    def choose(probabilities):
+        b, l, count = probabilities.shape
+        k = moe.sizes.top_k
+        choice = torch.arange(b * l * k).view(b, l, k) % count
+        # As the real choice does: nothing else is kept.
+        return probabilities.topk(k, -1).indices * 0 + choice
+
+    moe.choose = choose
+
+
+def saved(rank, config):
+    """Bytes of the storages that each part of this rank's model keeps for backward, and of its parameters, by part."""
+    from baton.models import hybrid, recompute
+    from models.test_stages import build, micro_steps_of
+
+    stages, mesh = build(config)
+    micro_step, found = micro_steps_of(config, stages, mesh)[0], {}
+    given = {tensor.untyped_storage().data_ptr() for tensor in micro_step[:3]}
+
+    def counting(name, module, forward):
+        storages = {}
+
+        def note(tensor):
+            own = {local_part(p).untyped_storage().data_ptr() for p in module.parameters()}
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own and storage.data_ptr() not in given:
+                storages[storage.data_ptr()] = storage
+            return tensor
+
+        def run(*args):
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+                out = forward(*args)
+            found[name] = sum(storage.nbytes() for storage in storages.values())
+            return out
+
+        def again(function, *args):
+            for each in args:
+                if isinstance(each, torch.Tensor) and each.requires_grad:
+                    note(each)
+            return recompute.run_again(function, *args)
+
+        return run, again
+
+    for _, moe in stages.named_moes():
+        in_balance(moe)
+    (model,) = stages.models
+    for name, part in model.parts().items():
+        part.forward, again = counting(name, part, part.forward)
+        if name.startswith("layers"):
+            part._again = again
+    hybrid.run_again, before = lambda function, *args: function.__self__._again(function, *args), hybrid.run_again
+    try:
+        model(*micro_step)
+    finally:
+        hybrid.run_again = before
+    return found
+
+
+CASES = {
+    "one device": (1, "{}", []),
+    "one device bf16": (1, "{}", ["precision=bf16"]),
+    "kernels bf16": (1, "{}", ["kernels=triton", "precision=bf16"]),
+    "tp": (2, "{cp: 1, tp: 2}", []),
+    "sequence_parallel kernels bf16": (2, "{cp: 1, tp: 2, sequence_parallel: true}", ["kernels=triton", "precision=bf16"]),
+    "cp ring": (2, "{cp: 2, strategy: sliced, attention: ring}", []),
+    "cp ulysses": (2, "{cp: 2, strategy: ring, attention: ulysses}", []),
+    "cp allgather zigzag": (2, "{cp: 2, strategy: doubling, attention: allgather, layout: zigzag}", []),
+    "ep": (2, "{cp: 1, dp: 2, ep: 2}", []),
+    "mixers again": (1, "{recompute: mixer}", []),
+    "feed-forwards again": (2, "{cp: 1, dp: 2, ep: 2, recompute: feed_forward}", []),
+    "layers again": (2, "{cp: 1, tp: 2, sequence_parallel: true, recompute: layer}", []),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layers_keep_what_is_planned(pool, case):
+    """Within 2% for each layer: what is smaller than a number a token is not counted."""
+    world, parallel, overrides = CASES[case]
+    config = tiny_config([*WIDE, f"parallel={parallel}", "batch={sequences: 2, micro_steps: 1}", *overrides], world)
+    w = workload(config, (config.parallel.strategy, config.parallel.attention))
+    for found in pool.run(world, saved, config):
+        for number, kinds in enumerate(config.model.layers):
+            planned = kept(kinds, w, config.parallel.recompute)
+            assert sum(sum(terms.values()) for terms in planned.values()) == pytest.approx(found[f"layers.{number}"], rel=0.02)
+        assert sum(part_keeps(HEAD, w).values()) == pytest.approx(found["head"], rel=0.02)
+
+
+def parameters_here(rank, config):
+    """By part: numbers of parameters on this rank, whether sharded, and while they are gathered."""
+    from models.test_stages import build
+
+    stages, _ = build(config)
+    found = {}
+    for name, part in stages.models[0].parts().items():
+        own = sum(local_part(p).numel() for p in part.parameters())
+        for module in part.modules():
+            if hasattr(module, "unshard"):
+                module.unshard()
+        found[name] = own, sum(local_part(p).numel() for p in part.parameters())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [
+        (2, "{cp: 1, tp: 2}"),
+        (4, "{cp: 1, dp: 4, ep: 2}"),
+        pytest.param(8, "{cp: 2, tp: 2, dp: 2, ep: 4}", marks=pytest.mark.slow),
+        pytest.param(8, "{cp: 1, dp: 8, ep: 2, replicate: 2}", marks=pytest.mark.slow),
+    ],
+)
+def test_parameters_are_where_they_are_planned(pool, world, parallel):
+    config = tiny_config([*WIDE, "model.mamba2.groups=1", f"parallel={parallel}", "batch={sequences: 8, micro_steps: 1}"], world)
+    data = config.parallel.dp * config.parallel.cp // config.parallel.replicate
+    ranks = pool.run(world, parameters_here, config)
+    for name in ranks[0]:
+        part = config.model.layers[int(name[7:])] if name.startswith("layers") else {"embedding": EMBEDDING, "head": HEAD}[name]
+        planned = units(parameter_shapes(config.model, part), config.parallel, data)
+        assert sum(unit.held for unit in planned) == ranks[0][name][0]
+        gathered = sum(unit.gathered for unit in planned)
+        assert {gathered} == {found[name][1] for found in ranks}

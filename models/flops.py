@@ -1,11 +1,13 @@
 """FLOPs of a forward pass over one sequence, by layer, and the pipeline's stages that follow from them.
 
 What is counted are products of matrices and the short convolution, 2 FLOPs for a multiplication with its addition. Element-wise
-arithmetic (norms, gates, softmaxes, decays) is left out. Backward takes twice as many.
+arithmetic (norms, gates, softmaxes, decays) is left out. Causal attention counts the pairs that see each other, once; experts count
+where a token chose them. Backward takes twice as many; what it computes again (`parallel.recompute`) is no use, and not counted.
 """
 
 import math
 from collections.abc import Callable
+from enum import StrEnum
 
 from ..configs.pattern import LayerKinds
 from ..configs.schema import ModelConfig
@@ -13,6 +15,22 @@ from ..parallel.cuts import balanced_cuts, given_cuts
 
 EMBEDDING_FLOPS = 0
 """Rows are looked up, not multiplied."""
+
+
+TRAINING = 3
+"""Forwards' worth of FLOPs that a forward with its backward takes."""
+HEAD = "head"
+
+
+class Work(StrEnum):
+    """What computes: each runs at a rate of its own."""
+
+    MATMUL = "matmul"
+    EXPERTS = "experts"
+    """Products of rows that are grouped by expert."""
+    ATTENTION = "attention"
+    SCAN = "scan"
+    CONV = "conv"
 
 
 def stage_layers(model: ModelConfig, stages: int, context: int) -> list[range]:
@@ -29,15 +47,40 @@ def stage_layers(model: ModelConfig, stages: int, context: int) -> list[range]:
 
 def layer_flops(model: ModelConfig, kinds: LayerKinds, context: int) -> int:
     """Of a layer's mixer and feed-forward."""
-    return sum(FLOPS[kind](model, context) for kind in kinds if kind is not None)
+    return sum(part_flops(kind, model, context) for kind in kinds if kind is not None)
+
+
+def part_flops(kind: str, model: ModelConfig, context: int) -> int:
+    """Of a mixer, a feed-forward or the HEAD."""
+    return sum(FLOPS[kind](model, context).values())
 
 
 def head_flops(model: ModelConfig, context: int) -> int:
     """Of the projection to the vocabulary."""
-    return _product(context, model.d_model, model.vocab_size)
+    return part_flops(HEAD, model, context)
 
 
-def mamba2_flops(model: ModelConfig, context: int) -> int:
+def model_flops(model: ModelConfig, context: int, pairs: int | None = None) -> dict[str, int]:
+    """Of the whole model, by kind of part.
+
+    pairs: of a token with itself and each before it that it sees in one layer's attention; None: of a single document.
+    """
+    kinds = [kind for layer in model.layers for kind in layer if kind is not None]
+    flops = {kind: kinds.count(kind) * part_flops(kind, model, context) for kind in dict.fromkeys(kinds)}
+    if pairs is not None and "attention" in flops:
+        flops["attention"] += kinds.count("attention") * (_attended(model, pairs) - _attended(model, causal_pairs(context)))
+    return flops | {HEAD: head_flops(model, context)}
+
+
+def causal_pairs(length: int) -> int:
+    """Of a token of one document with itself and each before it."""
+    return length * (length + 1) // 2
+
+
+Flops = dict[Work, int]
+
+
+def mamba2_flops(model: ModelConfig, context: int) -> Flops:
     """Projections, convolution, and the SSD scan in whole chunks (Dao and Gu, arXiv 2405.21060, section 6): linear in the context.
 
     Of each chunk: C Bᵀ once for a group, its product with the inputs, the state that leaves, and what the entering state gives.
@@ -50,10 +93,10 @@ def mamba2_flops(model: ModelConfig, context: int) -> int:
     scores = _product(padded, sizes.groups * sizes.state_dim, sizes.chunk_size)
     inside = _product(padded, sizes.chunk_size, inner)
     states = 2 * _product(padded, sizes.state_dim, inner)
-    return projections + convolution + scores + inside + states
+    return {Work.MATMUL: projections, Work.CONV: convolution, Work.SCAN: scores + inside + states}
 
 
-def attention_flops(model: ModelConfig, context: int) -> int:
+def attention_flops(model: ModelConfig, context: int) -> Flops:
     """Projections; scores and weighted values of a token with itself and each before it: quadratic in the context.
 
     Of one document: packed ones see fewer tokens.
@@ -61,27 +104,31 @@ def attention_flops(model: ModelConfig, context: int) -> int:
     sizes = model.attention
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     projections = _product(context, model.d_model, 2 * queries + 2 * keys)
-    pairs = context * (context + 1) // 2
-    return projections + 2 * _product(pairs, queries, 1)
+    return {Work.MATMUL: projections, Work.ATTENTION: _attended(model, causal_pairs(context))}
 
 
-def mlp_flops(model: ModelConfig, context: int) -> int:
+def _attended(model: ModelConfig, pairs: int) -> int:
+    return 2 * _product(pairs, model.attention.heads * model.attention.head_dim, 1)
+
+
+def mlp_flops(model: ModelConfig, context: int) -> Flops:
     """The three matrices of a SwiGLU."""
-    return _swiglu(context, model.d_model, model.mlp.hidden)
+    return {Work.MATMUL: _swiglu(context, model.d_model, model.mlp.hidden)}
 
 
-def moe_flops(model: ModelConfig, context: int) -> int:
+def moe_flops(model: ModelConfig, context: int) -> Flops:
     """The router, the top_k experts of each token, none of them dropped, and the expert that all tokens share."""
-    sizes = model.moe
-    active = sizes.top_k * sizes.hidden + sizes.shared_hidden
-    return _product(context, model.d_model, sizes.experts) + _swiglu(context, model.d_model, active)
+    sizes, d = model.moe, model.d_model
+    everywhere = _product(context, d, sizes.experts) + _swiglu(context, d, sizes.shared_hidden)
+    return {Work.MATMUL: everywhere, Work.EXPERTS: _swiglu(context, d, sizes.top_k * sizes.hidden)}
 
 
-FLOPS: dict[str, Callable[[ModelConfig, int], int]] = {
+FLOPS: dict[str, Callable[[ModelConfig, int], Flops]] = {
     "mamba2": mamba2_flops,
     "attention": attention_flops,
     "mlp": mlp_flops,
     "moe": moe_flops,
+    HEAD: lambda model, context: {Work.MATMUL: _product(context, model.d_model, model.vocab_size)},
 }
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from ..configs.pattern import LayerKinds
 from ..configs.schema import ModelConfig, ParallelConfig, Recompute
 from ..kernels.ssd import count_maps
+from .flops import HEAD
 from .hybrid import Head, Layer
 from .moe import Experts
 from .sharding import Split, SplitExperts, SplitGroups
@@ -24,8 +25,8 @@ from .workload import Workload
 Terms = dict[str, int]
 """Bytes by what they are of."""
 
-EMBEDDING, HEAD = "embedding", "head"
-"""Parts of a model that are no layers."""
+EMBEDDING = "embedding"
+"""Beside layers and the HEAD, a part of a model."""
 INDEX = 8
 """Bytes of a token id, or the number of an expert or a row."""
 

@@ -11,7 +11,8 @@ from ..configs.pattern import LayerKinds
 from ..parallel.attention import attention_traffic
 from ..parallel.halo import halo_messages
 from ..parallel.links import sent_by, traffic
-from .memory import EMBEDDING, HEAD, INDEX, Unit
+from .flops import HEAD
+from .memory import EMBEDDING, INDEX, Unit
 from .workload import Workload
 
 

@@ -10,7 +10,7 @@ from baton.configs.loading import load_config
 from baton.kernels.attention import cut
 from baton.kernels.attention import reference as attention_reference
 from baton.kernels.ssd.reference import chunk_maps, chunk_outputs, make_chunks
-from baton.models.flops import FLOPS, head_flops, layer_flops, stage_layers
+from baton.models.flops import causal_pairs, head_flops, layer_flops, model_flops, part_flops, stage_layers
 from baton.models.hybrid import BUILDERS
 from baton.models.vocabulary import Projection
 
@@ -78,7 +78,7 @@ def test_a_part_counts_as_pytorch_counts_it(kind, model, monkeypatch):
         found += counted_scan(model) + counted_convolution(model)
     if kind == "attention":
         found += counted_attention(model, monkeypatch)
-    assert FLOPS[kind](model, TOKENS) == found
+    assert part_flops(kind, model, TOKENS) == found
 
 
 def test_the_head_counts_as_pytorch_counts_it(model):
@@ -90,7 +90,21 @@ def test_a_layer_is_its_mixer_and_its_feed_forward(model):
     assert {layer.feed_forward for layer in layers} == {"mlp", "moe", None}
     for kinds in layers:
         parts = [kind for kind in kinds if kind is not None]
-        assert layer_flops(model, kinds, TOKENS) == sum(FLOPS[part](model, TOKENS) for part in parts)
+        assert layer_flops(model, kinds, TOKENS) == sum(part_flops(part, model, TOKENS) for part in parts)
+
+
+def test_the_whole_model_is_its_layers_and_its_head(model):
+    found = model_flops(model, TOKENS)
+    assert sum(found.values()) == sum(layer_flops(model, kinds, TOKENS) for kinds in model.layers) + head_flops(model, TOKENS)
+    assert found["mamba2"] == 3 * part_flops("mamba2", model, TOKENS)
+
+
+def test_packed_documents_attend_less(model):
+    """As two sequences of their own lengths would, in attention; the rest does not change."""
+    lengths = 10, 14
+    packed = model_flops(model, sum(lengths), sum(map(causal_pairs, lengths)))
+    assert packed["attention"] == sum(model_flops(model, length)["attention"] for length in lengths)
+    assert packed["moe"] == model_flops(model, sum(lengths))["moe"]
 
 
 LARGE = [
@@ -116,10 +130,10 @@ def lengths(ranges):
 
 def test_attention_costs_a_mamba_layer_at_4k_and_many_at_256k():
     model = large()
-    ratio = {context: FLOPS["attention"](model, context) / FLOPS["mamba2"](model, context) for context in (SHORT, LONG)}
+    ratio = {context: part_flops("attention", model, context) / part_flops("mamba2", model, context) for context in (SHORT, LONG)}
     assert 0.5 < ratio[SHORT] < 2
     assert ratio[LONG] > 10
-    assert FLOPS["mamba2"](model, LONG) == LONG // SHORT * FLOPS["mamba2"](model, SHORT)
+    assert part_flops("mamba2", model, LONG) == LONG // SHORT * part_flops("mamba2", model, SHORT)
 
 
 def test_cuts_move_with_the_context():

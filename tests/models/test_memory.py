@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from baton.models.memory import EMBEDDING, HEAD, kept, parameter_shapes, part_keeps, units
+from baton.models.flops import HEAD
+from baton.models.memory import EMBEDDING, kept, parameter_shapes, part_keeps, units
 from baton.models.workload import SIZES, Workload
 from baton.parallel.gradients import local_part
 from helpers import tiny_config

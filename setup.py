@@ -20,7 +20,7 @@ setup(
     package_dir={"baton": "."},
     py_modules=["baton.__init__"],
     packages=["baton." + name for name in find_packages(include=[n for p in PARTS for n in (p, p + ".*")])],
-    package_data={"baton.configs": ["*.yaml"]},
+    package_data={"baton.configs": ["*.yaml"], "baton.launcher.planner": ["*.yaml"]},
     install_requires=[
         "torch>=2.11",
         "triton; sys_platform == 'linux'",

@@ -70,25 +70,28 @@ def check_context(model: "ModelConfig", parallel: "ParallelConfig", context: int
     segments, reach = parallel.segments, model.mamba2.conv_width - 1
     recurrent = any(layer.mixer == "mamba2" for layer in model.layers)
     chunks = math.ceil(context / model.mamba2.chunk_size) if recurrent else context
-    fitting = _fitting_cp(parallel, context, reach if recurrent else 1, chunks)
+
+    def fitting() -> str:
+        return _fitting_cp(parallel, context, reach if recurrent else 1, chunks)
+
     if context % segments:
         below = context - context % segments or segments
         raise KeyedError(
             "parallel.cp",
             f"is {parallel.cp}, whose {segments} {parallel.layout} segments do not divide data.context ({context}); "
-            f"data.context={below} would, or cp of {fitting}",
+            f"data.context={below} would, or cp of {fitting()}",
         )
     if recurrent and segments > 1 and context // segments < reach:
         raise KeyedError(
             "parallel.cp",
             f"is {parallel.cp}: a segment of {context // segments} tokens is shorter than the conv's reach, {reach}; "
-            f"allowed: cp of {fitting}",
+            f"allowed: cp of {fitting()}",
         )
     if parallel.cp != "auto" and parallel.cp > chunks:
         raise KeyedError(
             "parallel.cp",
             f"is {parallel.cp}, more ranks than the {chunks} chunks of model.mamba2.chunk_size ({model.mamba2.chunk_size}) "
-            f"in data.context ({context}); allowed: cp of {fitting}, or a chunk_size of at most {context // parallel.cp}",
+            f"in data.context ({context}); allowed: cp of {fitting()}, or a chunk_size of at most {context // parallel.cp}",
         )
 
 

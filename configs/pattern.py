@@ -3,6 +3,7 @@
 Between layers `|` may stand, where a pipeline's stage ends and the next begins.
 """
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -18,7 +19,8 @@ class LayerKinds(NamedTuple):
     feed_forward: str | None
 
 
-def parse_pattern(pattern: str) -> list[LayerKinds]:
+@functools.lru_cache(64)
+def parse_pattern(pattern: str) -> tuple[LayerKinds, ...]:
     """`M-MEM-*E` -> four layers, cuts left out. Raises ValueError, naming the letter and its place."""
     layers: list[LayerKinds] = []
     for place, letter in enumerate(pattern, 1):
@@ -35,7 +37,7 @@ def parse_pattern(pattern: str) -> list[LayerKinds]:
             raise ValueError(f"letter {place} of {pattern!r}, {letter!r}, is none of {_letters(MIXERS | FEED_FORWARDS)}, {CUT} cut")
     if not layers:
         raise ValueError(f"no layer; allowed: letters of {_letters(MIXERS | FEED_FORWARDS)}")
-    return layers
+    return tuple(layers)
 
 
 def find_cuts(pattern: str) -> list[int]:

@@ -120,7 +120,7 @@ class ModelConfig(Section):
     @property
     def layers(self) -> list[LayerKinds]:
         """What each layer is made of, first to last."""
-        return parse_pattern(self.pattern) * self.repeat
+        return [*parse_pattern(self.pattern)] * self.repeat
 
     @property
     def cuts(self) -> list[int]:
@@ -328,10 +328,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        self._check_parts()
+        self.check()
         return self
 
-    def _check_parts(self) -> None:
+    def check(self) -> None:
+        """Raises KeyedError where values do not fit each other, also after `model_copy`, which does not look."""
         check_precision(self)
         check_tensor_degree(self.model, self.parallel.tp)
         check_context(self.model, self.parallel, self.data.context)
@@ -353,5 +354,5 @@ class Config(Section):
         except KeyedError as error:
             raise KeyedError(f"parallel.{error.key}", str(error)) from None
         config = self.model_copy(update={"parallel": self.parallel.model_copy(update=degrees._asdict())})
-        config._check_parts()
+        config.check()
         return config

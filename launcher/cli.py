@@ -2,7 +2,7 @@
 
 import typer
 
-from .commands import bench, checkpoint, data, train, verify
+from .commands import bench, checkpoint, data, plan, train, verify
 
 app = typer.Typer(
     name="baton",
@@ -13,6 +13,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("verify")(verify.verify)
+app.command("plan")(plan.plan)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
 app.add_typer(checkpoint.app, name="checkpoint")

@@ -39,7 +39,7 @@ class ParameterShape(NamedTuple):
     split: Split | SplitGroups | SplitExperts | None
     """How tp and ep cut it; None: every rank has all of it."""
     unit: str
-    """What of the part FSDP gathers together: "experts" where they are spread over ep, "fp32" what bf16 does not touch, "" the rest."""
+    """What FSDP gathers together: "experts" where they are spread over ep, "fp32" what bf16 does not touch, "" the rest."""
 
 
 def parameter_shapes(model: ModelConfig, part: LayerKinds | str) -> list[ParameterShape]:

@@ -1,7 +1,7 @@
 """What a rank sends to others in one micro-step: by axis of the mesh, as `parallel.recorder` counts it.
 
-Of a layer the messages in the order of forward, and of backward, which brings gradients the other way; with what is computed again,
-messages too are sent again, but those at the end of a part, whose values backward does not need. Experts are taken to be in balance.
+Of a layer the messages in the order of forward, and of backward, which brings gradients the other way. What is computed again is
+sent again, but what ends a part, whose values backward does not need. Experts are taken to be in balance.
 """
 
 from collections.abc import Callable

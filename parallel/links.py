@@ -193,6 +193,7 @@ def choose(layout: Layout, state_bytes: int, decay_bytes: int, link: Link, row_b
     return min(STRATEGIES, key=cost)
 
 
+@functools.lru_cache(256)
 def _rounds(strategy: str, layout: Layout, state_bytes: int, decay_bytes: int, row_bytes: int) -> list[Round]:
     return STRATEGIES[strategy](layout, state_bytes, decay_bytes, row_bytes)
 

@@ -1,5 +1,6 @@
 """A pipeline's schedule as torch runs it: the order of a rank's actions, when each begins and ends, and how long ranks idle."""
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -61,7 +62,7 @@ class Run(NamedTuple):
 def simulate(
     ranks: int, stages_per_rank: int, micro_steps: int, forward: Sequence[float], backward: Sequence[float], hop: float = 0.0
 ) -> Run:
-    """Runs the schedule. forward, backward: seconds of each stage for one micro-step; hop: from a stage to the next, beside work."""
+    """Runs the schedule. forward, backward: seconds of each stage for a micro-step; hop: from a stage to the next, beside work."""
     stages = ranks * stages_per_rank
     waiting = [[*reversed(actions(rank, ranks, stages_per_rank, micro_steps))] for rank in range(ranks)]
     ended: dict[Action, float] = {}
@@ -93,6 +94,7 @@ def _needed(action: Action, stages: int) -> Action | None:
     return Action(stage + 1, micro_step, True) if stage < stages - 1 else Action(stage, micro_step, False)
 
 
+@functools.lru_cache(4096)
 def in_flight(rank: int, ranks: int, stages_per_rank: int, micro_steps: int) -> dict[int, int]:
     """By stage of a rank: of how many micro-steps it keeps activations when the rank keeps most."""
     held: Counter[int] = Counter()
@@ -104,6 +106,7 @@ def in_flight(rank: int, ranks: int, stages_per_rank: int, micro_steps: int) -> 
     return most
 
 
+@functools.lru_cache(4096)
 def gathers(rank: int, ranks: int, stages_per_rank: int, micro_steps: int, zero: int) -> dict[int, int]:
     """By stage of a rank: how often a step gathers its parameters. torch's schedules leave them whole after a backward."""
     if ranks == 1:

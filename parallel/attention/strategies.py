@@ -8,6 +8,7 @@ usp         Ulysses within groups of u neighbouring ranks, a ring over the R / u
 ulysses is usp with u = R, and ring with u = 1.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol, get_args
@@ -194,6 +195,7 @@ def _traffic(
     return _Sent(layout.ranks // u - 1, numbers * size, numbers * max(4, size), dealt)
 
 
+@functools.lru_cache(256)
 def _slowest_pairs(layout: Layout, u: int, length: int) -> int:
     """Pairs of query and key on the rank that has most: a query at place p sees p + 1 keys."""
     spans = ring_spans(layout, u, length)

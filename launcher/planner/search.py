@@ -1,0 +1,226 @@
+"""Which meshes there are for so many GPUs, and the best of them."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from ...configs.errors import KeyedError
+from ...configs.schema import Config, ParallelConfig
+from ...models.memory import Terms
+from .cost import part_cost
+from .estimate import Estimate, Estimator
+from .machine import Machine
+
+SHOWN = 10
+"""Meshes that a search returns."""
+SIMULATED = 30
+"""Of the best by formula: those whose schedule is run, of which the best are shown."""
+MODES = [
+    [(2, "none")],
+    [(3, "none")],
+    [(3, "feed_forward"), (3, "mixer")],
+    [(3, "layer")],
+]
+"""Keys zero and recompute, the fastest first: of the first lot in which something fits, the fastest."""
+ENOUGH_TOKENS = 65536
+"""Of a micro-step on a rank: beyond, more than one sequence does not make a GPU any faster. Assumed."""
+
+
+class Lacking(NamedTuple):
+    """A config that does not fit."""
+
+    config: Config
+    memory: list[Terms]
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the rank that would hold most."""
+        return max(sum(terms.values()) for terms in self.memory)
+
+
+class Found(NamedTuple):
+    """What a search came to."""
+
+    best: list[Estimate]
+    """Those that fit, the fastest first, one of each mesh."""
+    nearest: Lacking | None
+    """Where none fits: that which lacks least memory."""
+    meshes: int
+    """Combinations of degrees that the config allows."""
+    fitting: int
+    """Of them."""
+
+
+def search(config: Config, machine: Machine, fixed: dict[str, Any], first: bool = False) -> Found:
+    """The best meshes of a config. fixed: values of `parallel` and of micro_steps that are not to be chosen.
+
+    first: whether the first that fits is enough.
+    """
+    estimator = Estimator(config, machine)
+    found: dict[tuple[int, ...], Estimate] = {}
+    nearest: Lacking | None = None
+    meshes = fitting = 0
+    for family in families(estimator, fixed):
+        for candidate in family:
+            meshes += 1
+            fits, lacking = _best_mode(estimator, candidate, fixed)
+            if fits is None:
+                if lacking is not None and (nearest is None or lacking.largest < nearest.largest):
+                    nearest = lacking
+                continue
+            fitting += 1
+            key = _mesh_key(fits.config.parallel)
+            if key not in found or fits.seconds < found[key].seconds:
+                found[key] = fits
+            if first or (fits.config.parallel.pp == 1 and fits.config.parallel.recompute == "none"):
+                # Smaller micro-steps would only gather the parameters more often.
+                break
+        if first and found:
+            break
+    best = sorted(found.values(), key=lambda estimate: estimate.seconds)[:SIMULATED]
+    exact = sorted((estimator.estimate(each.config, exact=True) for each in best), key=lambda estimate: estimate.seconds)
+    return Found(exact[:SHOWN], nearest if not exact else None, meshes, fitting)
+
+
+def _mesh_key(parallel: ParallelConfig) -> tuple[int, ...]:
+    degrees = (parallel.tp, parallel.cp, parallel.dp, parallel.pp)
+    return tuple(int(degree) for degree in degrees)
+
+
+def families(estimator: Estimator, fixed: dict[str, Any]) -> Iterator[Iterator[Config]]:
+    """Configs of every mesh that the checks allow, each with the fastest layout and strategies, but for MODES.
+
+    Those of a family differ in their micro-steps, ascending.
+    """
+    strategies: dict[tuple[int, ...], dict[str, Any]] = {}
+    for degrees in _degrees(estimator.machine, fixed):
+        if micro_steps := _micro_steps(estimator.config, degrees, fixed):
+            for options in _options(estimator.config, estimator.machine, degrees, fixed):
+                yield _family(estimator, degrees | options, micro_steps, strategies, fixed)
+
+
+def _family(
+    estimator: Estimator,
+    mesh: dict[str, Any],
+    micro_steps: list[int],
+    strategies: dict[tuple[int, ...], dict[str, Any]],
+    fixed: dict[str, Any],
+) -> Iterator[Config]:
+    config = estimator.config
+    for number in micro_steps:
+        plain = _with(config, mesh, number)
+        if not _allowed(plain):
+            continue
+        key = mesh["tp"], mesh["cp"], config.batch.sequences // number // mesh["dp"], mesh["sequence_parallel"]
+        if key not in strategies:
+            strategies[key] = _strategies(estimator, plain, fixed)
+        yield _with(config, mesh | strategies[key], number)
+
+
+def _with(config: Config, parallel: dict[str, Any], micro_steps: int) -> Config:
+    batch = config.batch.model_copy(update={"micro_steps": micro_steps})
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel), "batch": batch})
+
+
+def _allowed(config: Config) -> bool:
+    try:
+        config.check()
+    except KeyedError:
+        return False
+    return True
+
+
+def _choices(fixed: dict[str, Any], key: str, choices: list[Any]) -> list[Any]:
+    return [fixed[key]] if key in fixed else choices
+
+
+def divisors(number: int) -> list[int]:
+    """Ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _degrees(machine: Machine, fixed: dict[str, Any]) -> Iterator[dict[str, int]]:
+    """tp, pp, cp and dp whose product are the GPUs; tp stays on a node."""
+    for tp in _choices(fixed, "tp", [n for n in divisors(machine.gpus) if n <= machine.per_node]):
+        for pp in _choices(fixed, "pp", divisors(max(1, machine.gpus // tp))):
+            for cp in _choices(fixed, "cp", divisors(max(1, machine.gpus // (tp * pp)))):
+                dp = machine.gpus // (tp * pp * cp)
+                if tp * pp * cp * dp == machine.gpus and fixed.get("dp", dp) == dp:
+                    yield {"tp": tp, "pp": pp, "cp": cp, "dp": dp}
+
+
+def _micro_steps(config: Config, degrees: dict[str, int], fixed: dict[str, Any]) -> list[int]:
+    """So that each dp rank has as many sequences in each."""
+    sequences = config.batch.sequences
+    if sequences % degrees["dp"]:
+        return []
+    each, tokens = sequences // degrees["dp"], config.data.context // degrees["cp"]
+    few = [n for n in divisors(each) if n == each or each // n * tokens <= ENOUGH_TOKENS]
+    if degrees["pp"] > 1:
+        # More of them, shorter bubbles.
+        few = few[-3:]
+    return [n for n in _choices(fixed, "micro_steps", few) if each % n == 0]
+
+
+def _options(config: Config, machine: Machine, degrees: dict[str, int], fixed: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What else there is to choose of a mesh, but for MODES and strategies."""
+    tp, tokens = degrees["tp"], degrees["dp"] * degrees["cp"]
+    experts = any(layer.feed_forward == "moe" for layer in config.model.layers)
+    shared_out = _choices(fixed, "sequence_parallel", [tp > 1 and config.data.context % (tp * degrees["cp"]) == 0])
+    node = max(1, machine.per_node // tp)
+    copies = sorted({1, degrees["dp"], tokens // math.gcd(tokens, node)} & set(divisors(degrees["dp"])))
+    for replicate in _choices(fixed, "replicate", copies):
+        for ep in _choices(fixed, "ep", divisors(math.gcd(config.model.moe.experts, tokens // replicate)) if experts else [1]):
+            for each in _choices(fixed, "stages_per_rank", [1, 2, 4] if degrees["pp"] > 1 else [1]):
+                schedule = "interleaved_1f1b" if each > 1 else "1f1b"
+                if fixed.get("schedule", schedule) == schedule:
+                    pipeline = {"stages_per_rank": each, "schedule": schedule}
+                    yield {"ep": ep, "replicate": replicate, "sequence_parallel": shared_out[0], **pipeline}
+
+
+def _strategies(estimator: Estimator, config: Config, fixed: dict[str, Any]) -> dict[str, Any]:
+    """The layout and strategies over cp with which mixers take the least time together."""
+    if config.parallel.cp == 1:
+        return {"layout": fixed.get("layout", "contiguous"), "strategy": "auto", "attention": "auto"}
+    kinds, cp = [layer.mixer for layer in config.model.layers], config.parallel.cp
+    assert cp != "auto"
+    best: tuple[float, dict[str, Any]] | None = None
+    for layout in _choices(fixed, "layout", ["contiguous", "zigzag"]):
+        total, chosen = 0.0, {"layout": layout, "strategy": "ring", "attention": "ring"}
+        for kind, key, names in (
+            ("mamba2", "strategy", ["ring", "allgather", "doubling", "sliced"]),
+            ("attention", "attention", ["ulysses", "ring", "usp", "allgather"]),
+        ):
+            times = {}
+            for name in _choices(fixed, key, names):
+                if name == "ulysses" and config.model.attention.heads // config.parallel.tp % cp:
+                    continue
+                w = estimator.workload(_with(config, chosen | {key: name}, config.batch.micro_steps))
+                cost = part_cost(kind, w, estimator.machine)
+                times[name] = sum(cost.forward.values()) + sum(cost.backward.values())
+            if kind in kinds and times:
+                chosen[key] = min(times, key=times.__getitem__)
+                total += kinds.count(kind) * times[chosen[key]]
+        if best is None or total < best[0]:
+            best = total, chosen
+    assert best is not None
+    return best[1]
+
+
+def _best_mode(estimator: Estimator, candidate: Config, fixed: dict[str, Any]) -> tuple[Estimate | None, Lacking | None]:
+    """The fastest way that fits, or None and that which lacks least."""
+    lacking: Lacking | None = None
+    for lot in MODES:
+        fitting = []
+        for zero, recompute in lot:
+            if fixed.get("zero", zero) != zero or fixed.get("recompute", recompute) != recompute:
+                continue
+            config = _with(candidate, {"zero": zero, "recompute": recompute}, candidate.batch.micro_steps)
+            tried = Lacking(config, estimator.memory(config))
+            if tried.largest <= estimator.machine.memory:
+                fitting.append(estimator.estimate(config, memory=tried.memory))
+            elif lacking is None or tried.largest < lacking.largest:
+                lacking = tried
+        if fitting:
+            return min(fitting, key=lambda estimate: estimate.seconds), None
+    return None, lacking

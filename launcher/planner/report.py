@@ -40,52 +40,49 @@ def describe(config: Config, machine: Machine) -> list[str]:
 
 
 def best_table(best: Iterable[Estimate], machine: Machine) -> Table:
-    """One row a plan."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    left = ("", "tp x cp x dp x pp", "ep", "steps", "layout, exchange, attention", "ZeRO, again")
-    right = ("memory", "step", "tokens/s", "MFU")
-    for name in left:
-        table.add_column(name)
-    for name in right:
-        table.add_column(name, justify="right")
+    """A plan has a row of three lines."""
+    table = Table("", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("mesh; layout, states by, attention by", no_wrap=True)
+    table.add_column("memory", justify="right")
+    table.add_column("a step", justify="right")
     table.add_column("what takes longest")
     for number, plan in enumerate(best, 1):
-        parallel = plan.config.parallel
-        shown = f"{plan.largest / GiB:.0f} GiB"
-        mfu = "" if plan.mfu is None else f"{plan.mfu:.0%}"
-        table.add_row(
-            *(
-                str(number),
-                mesh(parallel),
-                str(parallel.ep),
-                str(plan.config.batch.micro_steps),
-                _sequence(parallel),
-                _kept(parallel),
-            ),
-            *(shown, f"{plan.seconds:.3g} s", f"{plan.tokens_per_second:,.0f}", mfu, limits(plan)),
-        )
+        memory = [f"{plan.largest / GiB:.0f} GiB", f"of {machine.memory / GiB:.0f}"]
+        step = [f"{plan.seconds:.3g} s", f"{plan.tokens_per_second:,.0f} tok/s"]
+        step += [] if plan.mfu is None else [f"{plan.mfu:.0%} MFU"]
+        table.add_row(str(number), "\n".join(ways(plan.config)), "\n".join(memory), "\n".join(step), "\n".join(limits(plan)))
+        if number == 1:
+            table.rows[0].style = "bold"
     return table
 
 
+def ways(config: Config) -> list[str]:
+    """A plan in three lines."""
+    parallel = config.parallel
+    further = [f"ep {parallel.ep}"] * (parallel.ep > 1) + [f"{parallel.replicate} copies"] * (parallel.replicate > 1)
+    sequence = "whole sequences"
+    if parallel.cp != 1:
+        sequence = f"{parallel.layout}, {parallel.strategy}, {parallel.attention}"
+    again = "" if parallel.recompute == "none" else f", {parallel.recompute} again"
+    steps = config.batch.micro_steps
+    return [
+        ", ".join([mesh(parallel), *further]),
+        sequence,
+        f"{steps} micro-step{'s' * (steps > 1)}, ZeRO {parallel.zero}{again}",
+    ]
+
+
 def mesh(parallel: ParallelConfig) -> str:
-    """`2 x 8 x 4 x 1`; stages of a rank behind a comma where there are several."""
-    each = f", {parallel.stages_per_rank} each" if parallel.stages_per_rank > 1 else ""
-    return f"{parallel.tp} x {parallel.cp} x {parallel.dp} x {parallel.pp}{each}"
+    """Its degrees beyond 1, and the stages of a rank where there are several."""
+    degrees = [f"{axis} {degree}" for axis in ("tp", "cp", "dp", "pp") if (degree := getattr(parallel, axis)) != 1]
+    each = f" of {parallel.stages_per_rank} stages" if parallel.stages_per_rank > 1 else ""
+    return (" x ".join(degrees) or "one rank") + each
 
 
-def _sequence(parallel: ParallelConfig) -> str:
-    return "" if parallel.cp == 1 else f"{parallel.layout}, {parallel.strategy}, {parallel.attention}"
-
-
-def _kept(parallel: ParallelConfig) -> str:
-    copies = f" x {parallel.replicate}" if parallel.replicate > 1 else ""
-    return f"{parallel.zero}{copies}, {parallel.recompute}"
-
-
-def limits(plan: Estimate) -> str:
-    """The two causes that take most of the step."""
-    largest = sorted(plan.times.items(), key=lambda item: -item[1])[:2]
-    return ", ".join(f"{cause} {time / plan.seconds:.0%}" for cause, time in largest)
+def limits(plan: Estimate) -> list[str]:
+    """The three causes that take most of the step."""
+    largest = sorted(plan.times.items(), key=lambda item: -item[1])[:3]
+    return [f"{cause} {time / plan.seconds:.0%}" for cause, time in largest]
 
 
 def explain(estimator: Estimator, plan: Estimate) -> None:
@@ -93,8 +90,8 @@ def explain(estimator: Estimator, plan: Estimate) -> None:
     config, machine = plan.config, estimator.machine
     parallel, batch, w = config.parallel, config.batch, estimator.workload(config)
     console.print(
-        f"Plan {mesh(parallel)}: {batch.micro_steps} micro-steps of {w.b} sequences on each of {w.dp} dp ranks; "
-        f"{config.data.context // w.cp:,} tokens of each on a rank of cp",
+        f"Plan {mesh(parallel)}: in each of {batch.micro_steps} micro-steps each of {w.dp} dp ranks has {w.b} "
+        f"sequence{'s' * (w.b > 1)}, each rank of cp {config.data.context // w.cp:,} tokens of it",
         soft_wrap=True,
     )
     console.print(_memory_table(config, plan.memory, machine))
@@ -179,11 +176,11 @@ def why_not(lacking: Lacking, machine: Machine) -> str:
     rank = memory.index(max(memory))
     most = sorted(lacking.memory[rank].items(), key=lambda item: -item[1])[:3]
     named = ", ".join(f"{name} {number / GiB:.1f}" for name, number in most)
-    parallel = lacking.config.parallel
+    parallel, needed = lacking.config.parallel, max(memory) / GiB
     stage = f" on pipeline rank {rank} of {parallel.pp}" if parallel.pp > 1 else ""
     return (
-        f"of all meshes {mesh(parallel)} (tp x cp x dp x pp, recompute {parallel.recompute}) lacks least: it needs {max(memory) / GiB:.1f} "
-        f"GiB{stage} ({named}) and a {machine.name} has {machine.memory / GiB:.0f}, {(max(memory) - machine.memory) / GiB:.1f} GiB too few"
+        f"of all meshes {mesh(parallel)} (recompute {parallel.recompute}) lacks least: it needs {needed:.1f} GiB"
+        f"{stage} ({named}), {needed - machine.memory / GiB:.1f} GiB more than a {machine.name} has"
     )
 
 

@@ -124,7 +124,8 @@ def _refusal(asked: Asked, config: Config, machine: Machine, fixed: dict[str, An
         )
     reason = why_not(found.nearest, machine)
     ways = [*_longest_context(asked, config, machine, fixed), *_enough_gpus(asked, config, fixed)]
-    return f"{asked.gpus} {asked.gpu} do not hold {config.data.context:,} tokens of context{named}: {reason}; what fits: {_listed(ways)}"
+    held = f"{asked.gpus} {asked.gpu} do not hold {config.data.context:,} tokens of context{named}"
+    return f"{held}: {reason}; what fits: {_listed(ways)}"
 
 
 def _listed(ways: list[str]) -> str:

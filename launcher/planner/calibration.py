@@ -1,0 +1,166 @@
+"""Measures what the machine at hand attains, for plans: matrices, experts, attention, the scan, element-wise work, and the link."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...configs.schema import AttentionConfig, ModelConfig
+from ...kernels.attention import causal_attention
+from ...kernels.conv import causal_conv
+from ...kernels.moe import grouped_linear
+from ...kernels.norm import gated_group_rms_norm, rms_norm
+from ...kernels.ssd import ssd
+from ...kernels.swiglu import swiglu
+from ...models.flops import FLOPS, TRAINING, Work
+from ...models.parallelize import COMPUTE_DTYPES
+from ...parallel.links import Link, Links
+from ..benchmarks.report import console
+from .machine import MEMORY, GiB, Measured, facts, read_rates, write_rates
+
+LINKS = Path("runs/links.yaml")
+"""Where `baton bench exchange` keeps links."""
+SECONDS = 1.0
+"""That each rate is measured for, at least three times."""
+
+
+class Sizes(NamedTuple):
+    """Of what is measured: large enough to fill the device."""
+
+    tokens: int
+    d_model: int
+    heads: int
+    head_dim: int
+
+
+SIZES = {"cuda": Sizes(16384, 4096, 32, 128), "cpu": Sizes(2048, 256, 4, 64)}
+EXPERTS = 8
+
+
+def calibrate(path: Path, precision: Literal["fp32", "bf16", "fp64"]) -> None:
+    """Measures in one precision, prints, and adds to the file. Raises UserError where that cannot be read or written."""
+    known = read_rates(path) if path.exists() else []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    link = _measure_link()
+    rates = measure_rates(device, COMPUTE_DTYPES[precision])
+    entry = Measured(
+        device=_name(device),
+        precision=precision,
+        rates=rates,
+        memory=_memory(device) / GiB,
+        latency=link.latency if link else None,
+        bandwidth=link.bandwidth if link else None,
+    )
+    others = [each for each in known if (each.device, each.precision) != (entry.device, precision)]
+    write_rates(path, [*others, entry])
+    for name, rate in rates.items():
+        console.print(f"{name}: {rate / 1e9:.3g} {'GB/s' if name == MEMORY else 'GFLOP/s'}", soft_wrap=True)
+    console.print(f"Wrote {path}: {entry.device} in {precision}, for --gpu {entry.device}.", soft_wrap=True)
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """FLOP/s of each kind of work, forward and backward together, and bytes/s of element-wise work, in one process.
+
+    On a CPU with one thread, as workers run that share its cores.
+    """
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        sizes = SIZES[device.type]
+        return {name: amount / _seconds(step, device) for name, (amount, step) in _cases(sizes, device, dtype).items()}
+    finally:
+        torch.set_num_threads(threads)
+
+
+Case = tuple[float, Callable[[], Tensor]]
+"""FLOPs of a forward and a backward, or bytes; and the forward."""
+
+
+def _cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype).requires_grad_()
+
+    t, d, inner, hidden = s.tokens, s.d_model, 2 * s.d_model, 4 * s.d_model
+    attention = AttentionConfig(heads=s.heads, kv_heads=s.heads, head_dim=s.head_dim)
+    model = ModelConfig(pattern="M*", vocab_size=1, d_model=d, attention=attention)
+    x, weight, experts = draw(t, d), draw(hidden, d), draw(EXPERTS, hidden, d)
+    counts = torch.full((EXPERTS,), t // EXPERTS, device=device)
+    q, k, v = (draw(1, t, s.heads, s.head_dim) for _ in range(3))
+    heads, n = inner // 64, model.mamba2.state_dim
+    inputs, dt, B, C = draw(1, t, heads, 64), draw(1, t, heads), draw(1, t, 1, n), draw(1, t, 1, n)
+    A = -torch.ones(heads, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    conv_weight, conv_bias, channels = draw(inner, 4), draw(inner), draw(1, t, inner)
+    gate, up, norm_weight, gated_weight, hidden_states = draw(t, hidden), draw(t, hidden), draw(d), draw(inner), draw(t, d)
+
+    def passes() -> Tensor:
+        normed = rms_norm(hidden_states, norm_weight, 1e-5)
+        gated = gated_group_rms_norm(channels, channels, gated_weight, inner, 1e-5)
+        return normed.sum() + gated.sum() + swiglu(gate, up).sum()
+
+    mixed = FLOPS["mamba2"](model, t), FLOPS["attention"](model, t)
+    conv_flops = 2 * t * 4 * inner
+    return {
+        Work.MATMUL: (TRAINING * 2 * t * d * hidden, lambda: F.linear(x, weight)),
+        Work.EXPERTS: (TRAINING * 2 * t * d * hidden, lambda: grouped_linear(x, experts, counts)),
+        Work.ATTENTION: (TRAINING * mixed[1][Work.ATTENTION], lambda: causal_attention(q, k, v)),
+        Work.SCAN: (TRAINING * mixed[0][Work.SCAN], lambda: ssd(inputs, dt, A, B, C)),  # type: ignore[return-value, dict-item]
+        Work.CONV: (TRAINING * conv_flops, lambda: causal_conv(channels, conv_weight, conv_bias)),
+        # As plans count them: two passes over hidden states, three over what is gated, and twice as many backward.
+        MEMORY: (3 * t * (2 * d + 3 * inner + 3 * hidden) * dtype.itemsize, passes),
+    }
+
+
+def _seconds(forward: Callable[[], Tensor], device: torch.device) -> float:
+    """The median time of a forward with its backward, after one to warm up."""
+
+    def run() -> float:
+        _finish(device)
+        start = time.perf_counter()
+        out = forward()
+        out.backward(torch.ones_like(out))
+        _finish(device)
+        return time.perf_counter() - start
+
+    run()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < SECONDS:
+        times.append(run())
+    return sorted(times)[len(times) // 2]
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "cpu"
+    name = torch.cuda.get_device_name(device)
+    return next((key for key, gpu in facts().gpus.items() if any(part in name for part in gpu.names)), name)
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _measure_link() -> Link | None:
+    """Between two ranks here, as `baton bench exchange` measures it; None where there is one GPU."""
+    from ..environment import launch
+
+    count = torch.cuda.device_count()
+    if count == 1:
+        console.print("One GPU: its link to others cannot be measured", soft_wrap=True)
+        return None
+    ranks = max(count, 2)
+    launch(["bench", "exchange", "--quick", "--links", str(LINKS)], ranks)
+    measured = Links.read(LINKS).measured
+    return next((link for place, link in measured.items() if place.ranks == ranks and place.nodes == 1), None)

@@ -2,11 +2,12 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,12 +20,14 @@ from ...kernels.ssd import ssd
 from ...kernels.swiglu import swiglu
 from ...models.flops import FLOPS, TRAINING, Work
 from ...models.parallelize import COMPUTE_DTYPES
-from ...parallel.links import Link, Links
+from ..benchmarks.exchange import measure_link
 from ..benchmarks.report import console
+from ..benchmarks.report import link as describe_link
+from ..environment import Environment, launch, process_group
+from ..errors import under_torchrun
 from .machine import MEMORY, GiB, Measured, facts, read_rates, write_rates
 
-LINKS = Path("runs/links.yaml")
-"""Where `baton bench exchange` keeps links."""
+Precision = Literal["fp32", "bf16", "fp64"]
 SECONDS = 1.0
 """That each rate is measured for, at least three times."""
 
@@ -42,25 +45,45 @@ SIZES = {"cuda": Sizes(16384, 4096, 32, 128), "cpu": Sizes(2048, 256, 4, 64)}
 EXPERTS = 8
 
 
-def calibrate(path: Path, precision: Literal["fp32", "bf16", "fp64"]) -> None:
-    """Measures in one precision, prints, and adds to the file. Raises UserError where that cannot be read or written."""
+def calibrate(path: Path, precision: Precision, command: Sequence[str]) -> bool:
+    """Adds what the machine attains in one precision to the file, and prints it. Raises UserError where the file cannot be used.
+
+    All ranks of the machine measure at once, since they share its memory: command, with which `baton` comes here, is started for
+    each, unless this process is one of them or there is one GPU. Returns whether this process goes on to plan.
+    """
     known = read_rates(path) if path.exists() else []
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    link = _measure_link()
+    write_rates(path, known)
+    ranks = torch.cuda.device_count() or 2
+    if under_torchrun() or ranks == 1:
+        with process_group() as environment:
+            _calibrate_together(path, precision, known, environment)
+    else:
+        launch(command, ranks)
+    return not under_torchrun()
+
+
+def _calibrate_together(path: Path, precision: Precision, known: list[Measured], environment: Environment) -> None:
+    device = environment.device
+    group = dist.group.WORLD
+    assert group is not None
+    link = measure_link(group, device, quick=True) if environment.world > 1 else None
     rates = measure_rates(device, COMPUTE_DTYPES[precision])
-    entry = Measured(
-        device=_name(device),
-        precision=precision,
-        rates=rates,
-        memory=_memory(device) / GiB,
-        latency=link.latency if link else None,
-        bandwidth=link.bandwidth if link else None,
-    )
+    slowest = torch.tensor([*rates.values()], dtype=torch.float64, device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MIN)
+    if not environment.leads:
+        return
+    rates = dict(zip(rates, slowest.tolist(), strict=True))
+    place = {"latency": link.latency, "bandwidth": link.bandwidth} if link else {}
+    entry = Measured(device=_name(device), precision=precision, rates=rates, memory=_memory(device) / GiB, **place)
     others = [each for each in known if (each.device, each.precision) != (entry.device, precision)]
     write_rates(path, [*others, entry])
+    console.print(
+        f"{entry.device} in {precision}, {environment.world} rank{'s' * (environment.world > 1)} at once:", soft_wrap=True
+    )
     for name, rate in rates.items():
-        console.print(f"{name}: {rate / 1e9:.3g} {'GB/s' if name == MEMORY else 'GFLOP/s'}", soft_wrap=True)
-    console.print(f"Wrote {path}: {entry.device} in {precision}, for --gpu {entry.device}.", soft_wrap=True)
+        console.print(f"  {name}: {rate / 1e9:.3g} {'GB/s' if name == MEMORY else 'GFLOP/s'}", soft_wrap=True)
+    console.print(f"  link: {describe_link(link) if link else 'not measured, there is one rank'}", soft_wrap=True)
+    console.print(f"Wrote {path}.", soft_wrap=True)
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -150,17 +173,3 @@ def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _measure_link() -> Link | None:
-    """Between two ranks here, as `baton bench exchange` measures it; None where there is one GPU."""
-    from ..environment import launch
-
-    count = torch.cuda.device_count()
-    if count == 1:
-        console.print("One GPU: its link to others cannot be measured", soft_wrap=True)
-        return None
-    ranks = max(count, 2)
-    launch(["bench", "exchange", "--quick", "--links", str(LINKS)], ranks)
-    measured = Links.read(LINKS).measured
-    return next((link for place, link in measured.items() if place.ranks == ranks and place.nodes == 1), None)

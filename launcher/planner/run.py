@@ -44,7 +44,9 @@ def run_plan(asked: Asked) -> None:
     if asked.calibrate:
         from .calibration import calibrate
 
-        calibrate(asked.rates or RATES, config.precision)
+        path = asked.rates or RATES
+        if not calibrate(path, config.precision, ["plan", asked.config, *asked.overrides, "--calibrate", "--rates", str(path)]):
+            return
     machine = _machine(asked, config.precision)
     found = search(config, machine, fixed)
     if not found.best:

@@ -40,6 +40,11 @@ def parse_pattern(pattern: str) -> tuple[LayerKinds, ...]:
     return tuple(layers)
 
 
+def repeats(kind: str, layer: LayerKinds, recompute: str) -> bool:
+    """Whether backward computes this mixer or feed-forward of a layer again, as `parallel.recompute` says."""
+    return recompute == "layer" or recompute == ("mixer" if kind == layer.mixer else "feed_forward")
+
+
 def find_cuts(pattern: str) -> list[int]:
     """The numbers of the layers that begin after a cut; a cut after the last layer is none."""
     parts = pattern.split(CUT)

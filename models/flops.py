@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from enum import StrEnum
 
-from ..configs.pattern import LayerKinds
+from ..configs.pattern import LayerKinds, repeats
 from ..configs.schema import ModelConfig
 from ..parallel.cuts import balanced_cuts, given_cuts
 
@@ -70,6 +70,12 @@ def model_flops(model: ModelConfig, context: int, pairs: int | None = None) -> d
     if pairs is not None and "attention" in flops:
         flops["attention"] += kinds.count("attention") * (_attended(model, pairs) - _attended(model, causal_pairs(context)))
     return flops | {HEAD: head_flops(model, context)}
+
+
+def recomputed_flops(model: ModelConfig, context: int, recompute: str) -> int:
+    """Of what backward computes again of a sequence, beside TRAINING times the model's."""
+    kinds = [kind for layer in model.layers for kind in layer if kind is not None and repeats(kind, layer, recompute)]
+    return sum(part_flops(kind, model, context) for kind in kinds)
 
 
 def causal_pairs(length: int) -> int:

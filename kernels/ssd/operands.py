@@ -1,4 +1,4 @@
-"""What every function of the SSD scan is given, in PyTorch and on Triton kernels alike, and into how many maps it cuts a sequence."""
+"""What every function of the SSD scan is given, in PyTorch and on Triton kernels alike, and how many maps it makes of it."""
 
 import math
 from typing import NamedTuple

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ...configs.pattern import LayerKinds
+from ...configs.pattern import LayerKinds, repeats
 from ...configs.schema import Config, ParallelConfig
 from ...kernels.cross_entropy.op import CHUNK_BYTES
 from ...models.flops import HEAD, TRAINING, model_flops, stage_layers
@@ -327,12 +327,3 @@ class Estimator:
             yield from ((message, gathered) for message in unit_gathers(unit, w))
             yield from ((message, micro_steps if w.parallel.pp == 1 else 1) for message in unit_scatters(unit, w))
             yield from ((message, 1) for message in unit_copies(unit, w))
-
-
-def repeats(kind: str, part: LayerKinds, recompute: str) -> bool:
-    """Whether backward computes a mixer or feed-forward of a layer again."""
-    return (
-        recompute == "layer"
-        or (recompute == "mixer" and kind == part.mixer)
-        or (recompute == "feed_forward" and kind != part.mixer)
-    )

@@ -126,10 +126,13 @@ class Machine(NamedTuple):
         return math.ceil(self.gpus / self.per_node)
 
     def link(self, stride: int, ranks: int, kind: str) -> Link:
-        """Of a group whose neighbours are `stride` apart: seconds of a collective's round, bytes/s that a rank sends in it."""
+        """Of a group whose neighbours are `stride` apart: seconds of a round of one kind, bytes/s that a rank sends in it.
+
+        What goes to all others takes as many latencies as a tree has levels: assumed.
+        """
         here = max(1, min(ranks, self.per_node // stride))
         """Ranks of the group on one node."""
-        rounds = math.ceil(math.log2(ranks)) if ranks > 1 and kind in COLLECTIVES else 1
+        rounds = math.ceil(math.log2(ranks)) if ranks > 1 and kind != "ring" else 1
         if ranks <= here:
             return Link(self.inside.latency * rounds, self.inside.bandwidth)
         bandwidth = self.between.bandwidth

@@ -42,10 +42,10 @@ def describe(config: Config, machine: Machine) -> list[str]:
 def best_table(best: Iterable[Estimate], machine: Machine) -> Table:
     """A plan has a row of three lines."""
     table = Table("", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("mesh; layout, states by, attention by", no_wrap=True)
-    table.add_column("memory", justify="right")
-    table.add_column("a step", justify="right")
-    table.add_column("what takes longest")
+    table.add_column("mesh; layout, states, attention", no_wrap=True)
+    for name in ("memory", "a step"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("longest", no_wrap=True)
     for number, plan in enumerate(best, 1):
         memory = [f"{plan.largest / GiB:.0f} GiB", f"of {machine.memory / GiB:.0f}"]
         step = [f"{plan.seconds:.3g} s", f"{plan.tokens_per_second:,.0f} tok/s"]

@@ -26,6 +26,7 @@ from .optimizer import build_optimizer, implementation, learning_rate
 from .profile import WARM_UP, check_profile_folder, profiled
 from .run_folder import check_run_folder, checkpoint_folder, checkpoints
 from .sample import continue_greedily
+from .throughput import Throughput
 from .token_files import TokenStream, prepare, read_tokenizer
 
 PROMPT = "def main("
@@ -43,6 +44,7 @@ class Trainer:
         self.validation_data = self._loader("validation", None)
         self.stages: Stages = build_stages(config, self.mesh, environment.device)
         self.optimizer = build_optimizer(self.stages.parameters(), config.optimizer)
+        self.throughput = Throughput(config, environment.world, environment.device)
         self.checkpointer = Checkpointer(config, self.stages, self.optimizer)
         self.done = 0
         """Optimizer steps taken."""
@@ -59,7 +61,7 @@ class Trainer:
         """One optimizer step -> its metrics. Raises UserError, the parameters untouched, when something is not finite."""
         started = time.perf_counter()
         micro_steps = list(self.train_data.step(self.consumed))
-        tokens = self._sum(torch.stack([_labelled(micro_step) for micro_step in micro_steps]).sum(), "dp_cp")
+        tokens, pairs = self._sum(torch.stack([self._counts(micro_step) for micro_step in micro_steps]).sum(0), "dp_cp")
         losses = self.stages.forward_backward(micro_steps, tokens)
         norm = total_norm(self.stages.gradients())
         cross_entropy = self._sum(losses.cross_entropy, "dp_cp") / tokens
@@ -81,8 +83,13 @@ class Trainer:
             "auxiliary_loss": float(auxiliary),
             "grad_norm": float(norm),
             "learning_rate": rate,
-            "tokens_per_second": float(tokens) / (time.perf_counter() - started),
+            **self.throughput.of_step(float(tokens), float(pairs) / self.mesh.size("cp"), time.perf_counter() - started),
         }
+
+    def _counts(self, micro_step: MicroStep) -> Tensor:
+        """Tokens with a label, and pairs that attention sees, which every cp rank counts; [2]."""
+        tokens = _labelled(micro_step)
+        return torch.stack([tokens, tokens.new_tensor(self.throughput.attended(micro_step))])
 
     def _rebalance_experts(self) -> None:
         for name, moe in self.stages.named_moes():
@@ -132,7 +139,8 @@ class Trainer:
         config, stages = self.config, self.stages
         text = f"{config.model.pattern * config.model.repeat}: {count_parameters(config.model) / 1e6:.2f} M parameters on "
         text += f"{self.environment.world} ranks ({describe_mesh(config, self.mesh)}, {self.environment.device.type}), "
-        text += f"{config.data.context} tokens of context, {config.precision}, AdamW by {implementation(self.optimizer)}"
+        text += f"{config.data.context} tokens of context, {config.precision}, AdamW by {implementation(self.optimizer)}; "
+        text += self.throughput.describe()
         if config.parallel.pp > 1:
             text += f"; {describe_pipeline(config)}"
         if stages.strategies:

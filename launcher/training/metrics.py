@@ -69,7 +69,8 @@ class Reporter:
 
     def show(self, step: int, values: dict[str, float]) -> None:
         """Moves the progress line on; without a terminal prints a line now and then."""
-        text = f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tokens/s  grad norm {values['grad_norm']:.2f}"
+        mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
+        text = f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tokens/s{mfu}  grad norm {values['grad_norm']:.2f}"
         self.progress.update(self.task, completed=step, text=text)
         if self.progress.disable and (step % max(1, self.steps // LINES) == 0 or step == self.steps):
             self.say(f"step {step}/{self.steps}  {text}")
@@ -98,9 +99,9 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def plot_losses(run: Path) -> Path:
     """Draws metrics.jsonl's training and validation loss to loss.png."""
-    pyplot = _pyplot()
+    plt = pyplot()
     lines = read_metrics(run)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
     train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     validation = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
     axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.3, linewidth=1)
@@ -118,12 +119,12 @@ def plot_experts(run: Path) -> Path | None:
     lines = [line for line in read_metrics(run) if "expert_tokens" in line]
     if not lines:
         return None
-    pyplot = _pyplot()
+    plt = pyplot()
     shares = {layer: _relative_shares([line["expert_tokens"][layer] for line in lines]) for layer in lines[0]["expert_tokens"]}
     columns = math.ceil(math.sqrt(len(shares) / 2))
     rows = math.ceil(len(shares) / columns)
     size = 4 + 4 * columns, 0.6 + 2.2 * rows
-    figure, panels = pyplot.subplots(rows, columns, figsize=size, dpi=120, sharex=True, squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(rows, columns, figsize=size, dpi=120, sharex=True, squeeze=False, layout="constrained")
     first, last = lines[0]["step"], lines[-1]["step"]
     for panel, (layer, share) in zip(panels.flat, shares.items(), strict=False):
         edges = np.linspace(first - 0.5, last + 0.5, len(share) + 1), np.arange(share.shape[1] + 1) - 0.5
@@ -147,19 +148,19 @@ def _relative_shares(counts: list[list[int]]) -> np.ndarray:
     return sums / sums.mean(1, keepdims=True)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     """matplotlib where there is no screen; it is imported only when something is drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    import matplotlib.pyplot
 
-    return pyplot
+    return matplotlib.pyplot
 
 
 def _save(figure: Any, path: Path) -> Path:
     figure.savefig(path)
-    _pyplot().close(figure)
+    pyplot().close(figure)
     return path
 
 

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import interpreter
 from baton.kernels.dispatch import chosen
 from baton.kernels.launches import record
-from baton.kernels.ssd import fused, operands, ssd
+from baton.kernels.ssd import fused, ssd
+from baton.kernels.ssd import operands as cutting
 from baton.parallel.affine_scan import SequenceScan
 from baton.parallel.layout import Layout
 from helpers import DEVICE, relative_error
@@ -155,7 +156,7 @@ def test_one_token_that_forgets_all(spike):
 @pytest.mark.parametrize("programs", [1, 4])
 def test_several_blocks_in_a_segment(monkeypatch, programs):
     """Long sequences have segments of many blocks, of which the last is cut short, and heads of a group in one program."""
-    for module in (fused, operands):
+    for module in (fused, cutting):
         monkeypatch.setattr(module, "PROGRAMS", programs)
     assert_as_good_as_plain(draw((1, 200, 4, 32, 2, 16)), documents(1, 200, 0.02).to(DEVICE))
 

@@ -31,6 +31,7 @@ def workload(config, strategies=("sliced", "ring")):
 
 def in_balance(moe):
     """Every expert gets as many rows."""
+
     def choose(probabilities):
         b, l, count = probabilities.shape
         k = moe.sizes.top_k
@@ -43,8 +44,9 @@ def in_balance(moe):
 
 def saved(rank, config):
     """Bytes of the storages that each part of this rank's model keeps for backward, and of its parameters, by part."""
-    from baton.models import hybrid, recompute
     from models.test_stages import build, micro_steps_of
+
+    from baton.models import hybrid, recompute
 
     stages, mesh = build(config)
     micro_step, found = micro_steps_of(config, stages, mesh)[0], {}

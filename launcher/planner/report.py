@@ -40,8 +40,9 @@ def describe(config: Config, machine: Machine) -> list[str]:
 
 
 def best_table(best: Iterable[Estimate], machine: Machine) -> Table:
-    """A plan has a row of three lines."""
-    table = Table("", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    """A plan has a row of several lines."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", min_width=2)
     table.add_column("mesh; layout, states, attention", no_wrap=True)
     for name in ("memory", "a step"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -57,26 +58,25 @@ def best_table(best: Iterable[Estimate], machine: Machine) -> Table:
 
 
 def ways(config: Config) -> list[str]:
-    """A plan in three lines."""
-    parallel = config.parallel
+    """A plan in three lines, or more where there is more to it."""
+    parallel, steps = config.parallel, config.batch.micro_steps
     further = [f"ep {parallel.ep}"] * (parallel.ep > 1) + [f"{parallel.replicate} copies"] * (parallel.replicate > 1)
     sequence = "whole sequences"
     if parallel.cp != 1:
         sequence = f"{parallel.layout}, {parallel.strategy}, {parallel.attention}"
-    again = "" if parallel.recompute == "none" else f", {parallel.recompute} again"
-    steps = config.batch.micro_steps
     return [
         ", ".join([mesh(parallel), *further]),
         sequence,
-        f"{steps} micro-step{'s' * (steps > 1)}, ZeRO {parallel.zero}{again}",
+        f"{steps} micro-step{'s' * (steps > 1)}, ZeRO {parallel.zero}",
+        *([f"{parallel.stages_per_rank} stages a rank"] if parallel.stages_per_rank > 1 else []),
+        *([f"{parallel.recompute} computed again"] if parallel.recompute != "none" else []),
     ]
 
 
 def mesh(parallel: ParallelConfig) -> str:
-    """Its degrees beyond 1, and the stages of a rank where there are several."""
+    """Its degrees beyond 1."""
     degrees = [f"{axis} {degree}" for axis in ("tp", "cp", "dp", "pp") if (degree := getattr(parallel, axis)) != 1]
-    each = f" of {parallel.stages_per_rank} stages" if parallel.stages_per_rank > 1 else ""
-    return (" x ".join(degrees) or "one rank") + each
+    return " x ".join(degrees) or "one rank"
 
 
 def limits(plan: Estimate) -> list[str]:

@@ -210,7 +210,7 @@ def test_zero_bubble_is_refused_by_name(name):
 def test_cuts_stand_before_the_layers_that_follow(pattern, repeat, cuts):
     model = load_config("quickstart", [f'model.pattern="{pattern}"', f"model.repeat={repeat}"]).model
     assert model.cuts == cuts
-    assert model.layers == parse_pattern(pattern.replace("|", "")) * repeat
+    assert model.layers == [*parse_pattern(pattern.replace("|", "")) * repeat]
 
 
 def test_pipelines_that_fit():

@@ -1,8 +1,18 @@
 """What memory is said to hold, against what autograd saves and FSDP shards."""
 
+import gc
+import weakref
+
 import pytest
 import torch
+from models.test_stages import build, micro_steps_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from baton.configs.loading import load_config
+from baton.launcher.planner.estimate import Estimator
+from baton.launcher.planner.machine import build_machine
+from baton.models import hybrid, recompute
 from baton.models.flops import HEAD
 from baton.models.memory import EMBEDDING, kept, parameter_shapes, part_keeps, units
 from baton.models.workload import SIZES, Workload
@@ -44,10 +54,6 @@ def in_balance(moe):
 
 def saved(rank, config):
     """Bytes of the storages that each part of this rank's model keeps for backward, and of its parameters, by part."""
-    from models.test_stages import build, micro_steps_of
-
-    from baton.models import hybrid, recompute
-
     stages, mesh = build(config)
     micro_step, found = micro_steps_of(config, stages, mesh)[0], {}
     given = {tensor.untyped_storage().data_ptr() for tensor in micro_step[:3]}
@@ -122,8 +128,6 @@ def test_layers_keep_what_is_planned(pool, case):
 
 def parameters_here(rank, config):
     """By part: numbers of parameters on this rank, whether sharded, and while they are gathered."""
-    from models.test_stages import build
-
     stages, _ = build(config)
     found = {}
     for name, part in stages.models[0].parts().items():
@@ -154,3 +158,69 @@ def test_parameters_are_where_they_are_planned(pool, world, parallel):
         assert sum(unit.held for unit in planned) == ranks[0][name][0]
         gathered = sum(unit.gathered for unit in planned)
         assert {gathered} == {found[name][1] for found in ranks}
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the storages that operations have seen and that are alive, and the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.most = {}, 0, 0
+
+    def see(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.sizes:
+            weakref.finalize(storage, self.forget, key)
+        self.now += size - self.sizes.get(key, 0)
+        self.sizes[key] = size
+        self.most = max(self.most, self.now)
+
+    def forget(self, key):
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves((out, args, kwargs)):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
+                self.see(leaf)
+        return out
+
+
+def most_alive(rank, config):
+    """Bytes of tensors at the fullest moment of a second step, with the optimizer's."""
+    from baton.launcher.training.optimizer import build_optimizer
+
+    stages, mesh = build(config)
+    optimizer, micro_steps = build_optimizer(stages.parameters(), config.optimizer), micro_steps_of(config, stages, mesh)
+    for _ in range(2):
+        gc.collect()
+        with Alive() as alive:
+            kept = [value for state in optimizer.state.values() for value in state.values()]
+            for tensor in (*stages.parameters(), *kept):
+                alive.see(local_part(tensor))
+            stages.forward_backward(micro_steps, torch.tensor(96))
+            optimizer.step()
+            optimizer.zero_grad()
+    return alive.most
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "batch"),
+    [
+        (2, "{cp: 2, strategy: ring, attention: ring}", "{sequences: 1, micro_steps: 1}"),
+        (2, "{cp: 1, tp: 2, sequence_parallel: true}", "{sequences: 1, micro_steps: 1}"),
+        (2, "{cp: 1, dp: 2, zero: 2}", "{sequences: 2, micro_steps: 1}"),
+        (2, "{cp: 1, dp: 2, ep: 2, recompute: layer}", "{sequences: 2, micro_steps: 1}"),
+        (2, "{cp: 1, pp: 2}", "{sequences: 4, micro_steps: 4}"),
+    ],
+)
+def test_no_rank_holds_more_than_is_planned(pool, world, parallel, batch):
+    """And not much less: at least 70% of it, on the rank that holds most."""
+    config = load_config("quickstart", [f"parallel={parallel}", "data.context=1024", f"batch={batch}"], world)
+    machine = build_machine("h200", world, "fp32", None, "ib_ndr", [])
+    planned = [sum(terms.values()) for terms in Estimator(config, machine, fused=False).memory(config)]
+    found = pool.run(world, most_alive, config)
+    for rank, most in enumerate(found):
+        assert most <= planned[rank % len(planned)]
+    assert max(found) >= 0.7 * max(planned)

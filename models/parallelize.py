@@ -173,14 +173,16 @@ def shard_tensors(part: nn.Module, mesh: Mesh, sequence_parallel: bool) -> None:
 def shard_data(modules: Sequence[nn.Module], mesh: Mesh, config: Config) -> None:
     """FSDP of a unit over dp and cp together, of experts spread over ep over the ranks that hold the same.
 
-    Modules marked `fp32` form a group of their own, which bf16 does not touch.
+    Modules marked `fp32` form a group that bf16 does not touch; or one each, where one may run again without the other.
     """
     exact, free = MixedPrecisionPolicy(), config.parallel.zero == 3
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = bf16 if config.precision == "bf16" else exact
     inside = [module for unit in modules for module in unit.modules()]
     if kept := [module for module in inside if getattr(module, "fp32", False)]:
-        fully_shard_summing(kept, mesh.data, exact, free)
+        apart = config.parallel.recompute in ("mixer", "feed_forward")
+        for together in [[module] for module in kept] if apart else [kept]:
+            fully_shard_summing(together, mesh.data, exact, free)
     for experts in (module for module in inside if isinstance(module, Experts) and module.exchange):
         fully_shard_summing(experts.stacked, mesh.expert_data, policy, free)
     fully_shard_summing(list(modules) if len(modules) > 1 else modules[0], mesh.data, policy, free)

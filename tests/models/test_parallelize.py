@@ -41,11 +41,11 @@ CASES = [
 PACKED = [("cp4", "contiguous", 1), ("tp2", "zigzag", 1), ("tp4", "zigzag", 1), ("tp2-cp2", "zigzag", 1), ("dp2", "zigzag", 1)]
 
 TOGETHER = {
-    "tp2 cp2 pp2 ep2": "{tp: 2, cp: 2, pp: 2, ep: 2, sequence_parallel: true, layout: zigzag} packed",
+    "tp2 cp2 pp2 ep2": "{tp: 2, cp: 2, pp: 2, ep: 2, sequence_parallel: true, layout: zigzag, recompute: layer} packed",
     "cp2 dp2 pp2 ep2 interleaved HSDP": """{cp: 2, dp: 2, pp: 2, ep: 2, schedule: interleaved_1f1b, stages_per_rank: 2,
-        replicate: 2, layout: zigzag} single""",
+        replicate: 2, layout: zigzag, recompute: mixer} single""",
     "tp2 dp2 pp2 interleaved HSDP": """{tp: 2, cp: 1, dp: 2, pp: 2, schedule: interleaved_1f1b, stages_per_rank: 2,
-        sequence_parallel: true, replicate: 2, zero: 2} packed""",
+        sequence_parallel: true, replicate: 2, zero: 2, recompute: feed_forward} packed""",
     "tp2 cp2 dp2 ep4": "{tp: 2, cp: 2, dp: 2, ep: 4, zero: 2, layout: zigzag} single",
     "tp2 dp4 ep2 HSDP": "{tp: 2, cp: 1, dp: 4, ep: 2, replicate: 2} single",
     "cp2 pp4": "{cp: 2, pp: 4, layout: contiguous} packed",
@@ -63,6 +63,7 @@ FEATURES = {
     "sequence_parallel": lambda config: config.parallel.sequence_parallel,
     "replicate": lambda config: config.parallel.replicate > 1,
     "zero 2": lambda config: config.parallel.zero == 2,
+    "recompute": lambda config: config.parallel.recompute != "none",
     "zigzag": lambda config: config.parallel.cp > 1 and config.parallel.layout == "zigzag",
     "packed": lambda config: config.data.documents == "packed",
 }

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from .errors import KeyedError, UserError
 from .schema import Config
@@ -75,6 +75,16 @@ def validate(values: Any, source: str, places: dict[Keys, str] | None = None) ->
     if isinstance(cause, KeyedError):
         raise _located(cause, keys, source, places or {})
     raise ConfigError(f"{_place(keys, source, places or {})}: {_dotted(keys)} {_explain(error)}")
+
+
+def check_section(section: type[BaseModel], name: str, values: dict[str, Any]) -> None:
+    """Raises ConfigError for overrides that are no values of a section by itself."""
+    try:
+        section.model_validate(values)
+    except ValidationError as errors:
+        error = errors.errors()[0]
+        keys: Keys = (name, *error["loc"][:1])
+        raise ConfigError(f"override {_dotted(keys)}: {_explain({**error, 'loc': keys})}") from None
 
 
 def _located(error: KeyedError, section: Keys, source: str, places: dict[Keys, str]) -> ConfigError:

@@ -15,6 +15,9 @@ from .flops import HEAD
 from .memory import EMBEDDING, INDEX, Unit
 from .workload import Workload
 
+ATTENTION = {"ulysses": "all_to_all", "usp": "all_to_all", "ring": "ring", "allgather": "all_gather"}
+"""The kind of message of each way that attention works over cp."""
+
 
 class Message(NamedTuple):
     """One collective, or a batch of messages."""
@@ -140,7 +143,7 @@ def _attention(w: Workload, cp_rank: int) -> Messages:
     for backward in (False, True):
         sizes = w.b, w.tokens // w.b, w.heads, w.kv_heads, w.model.attention.head_dim, w.size
         rounds, sent = attention_traffic(w.parallel.attention, w.layout, *sizes, backward=backward)  # type: ignore[arg-type]
-        ways.append([Message("cp", "ring" if w.parallel.attention == "ring" else "all_to_all", sent, "keys and values", rounds)])
+        ways.append([Message("cp", ATTENTION[w.parallel.attention], sent, "keys and values", rounds)])
     return _mixer(w, "attention", *ways)
 
 

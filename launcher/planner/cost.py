@@ -1,7 +1,9 @@
 """Seconds that a part of the model takes on a rank for one micro-step: computing, and waiting for what others send."""
 
+import math
 from typing import NamedTuple
 
+from ...kernels.cross_entropy.op import chunk_size
 from ...models.flops import FLOPS, HEAD, TRAINING, Work
 from ...models.memory import EMBEDDING, Unit
 from ...models.traffic import Message, part_sends, state_sizes, unit_copies, unit_gathers, unit_scatters
@@ -23,7 +25,7 @@ class PartCost(NamedTuple):
     forward: Times
     backward: Times
     again: Times
-    """Of its forward within backward, where `parallel.recompute` has it run there."""
+    """Of its forward within backward, where nothing follows on it there: what ends it is not sent."""
 
 
 def part_cost(kind: str, w: Workload, machine: Machine) -> PartCost:
@@ -53,7 +55,7 @@ def _sum(*times: Times) -> Times:
 
 
 def _computing(kind: str, w: Workload, machine: Machine, backward: bool) -> float:
-    time = _passes(kind, w) * (2 if backward else 1) / machine.rates[MEMORY]
+    time = _passes(kind, w, backward) / machine.rates[MEMORY]
     for work, flops in FLOPS.get(kind, lambda *_: {})(w.model, w.context).items():
         if work is Work.ATTENTION:
             time += _attending(w, machine, backward)
@@ -69,13 +71,31 @@ def _attending(w: Workload, machine: Machine, backward: bool) -> float:
     """Attention over cp, with what its rounds cannot hide; the rank that has most waits for nobody."""
     rate = machine.rates[Work.ATTENTION] / (TRAINING * FORWARD[Work.ATTENTION])
     strategy = w.parallel.attention if w.cp > 1 else "ring"
-    link = machine.link(w.parallel.tp, w.cp, "all_to_all" if strategy in ("ulysses", "usp") else "ring")
+    tp, u = w.parallel.tp, w.ulysses
+    blocks = machine.link(tp * u, w.cp // u, "all_gather" if strategy == "allgather" else "ring")
     sizes = w.heads, w.kv_heads, w.model.attention.head_dim, w.size
-    return attention_seconds(strategy, w.layout, w.b, w.tokens // w.b, *sizes, link, rate, backward)  # type: ignore[arg-type]
+    deal = machine.link(tp, u, "all_to_all")
+    return attention_seconds(strategy, w.layout, w.b, w.tokens // w.b, *sizes, blocks, rate, backward, deal)  # type: ignore[arg-type]
 
 
-def _passes(kind: str, w: Workload) -> int:
-    """Bytes that forward's element-wise work reads and writes, in the kernels' number of passes."""
+def _passes(kind: str, w: Workload, backward: bool) -> int:
+    """Bytes that element-wise work reads and writes, in the kernels' number of passes; backward has twice as many."""
+    if kind == HEAD:
+        return _loss_passes(w, backward)
+    return _forward_passes(kind, w) * (2 if backward else 1)
+
+
+def _loss_passes(w: Workload, backward: bool) -> int:
+    """Forward turns a chunk's logits into their gradient, and adds to that of the weight; backward scales what came of it."""
+    rows, d = w.model.vocab_size // w.parallel.tp, w.model.d_model
+    weight, hidden = rows * d * w.wide, w.tokens * d * w.size
+    if backward:
+        return 2 * (weight + hidden) + 4 * w.own_tokens * d * w.size
+    chunks = math.ceil(w.tokens / chunk_size(w.tokens, rows * w.size, "cuda" if w.fused else "cpu"))
+    return 2 * w.own_tokens * d * w.size + 4 * w.tokens * rows * w.size + 2 * chunks * weight
+
+
+def _forward_passes(kind: str, w: Workload) -> int:
     model, s, t = w.model, w.size, w.tokens
     channel = w.own_tokens * model.d_model * s
     norm, add = 2 * channel, 3 * channel
@@ -88,8 +108,6 @@ def _passes(kind: str, w: Workload) -> int:
     if kind == "moe":
         moved = 2 * (t + w.rows) * model.d_model * s
         return 4 * channel + add + moved + 3 * w.rows * s * (model.moe.hidden // w.parallel.tp)
-    if kind == HEAD:
-        return norm + 4 * t * s * (model.vocab_size // w.parallel.tp)
     return 2 * channel
 
 

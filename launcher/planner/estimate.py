@@ -12,7 +12,7 @@ from ...models.memory import EMBEDDING, Terms, Unit, kept, parameter_shapes, par
 from ...models.traffic import Message, boundary_sends, layer_sends, part_sends, unit_copies, unit_gathers, unit_scatters
 from ...models.workload import SIZES, Workload
 from .cost import PartCost, Times, UnitCost, add, axis_link, part_cost, units_cost
-from .machine import MEMORY, GiB, Machine
+from .machine import CPU, MEMORY, GiB, Machine
 from .schedule import gathers, in_flight, simulate
 
 RESERVE = 2 * GiB
@@ -55,10 +55,12 @@ class Estimate(NamedTuple):
 class Estimator:
     """Estimates meshes for one config on one machine, and remembers what they have in common."""
 
-    def __init__(self, config: Config, machine: Machine, fused: bool | None = None) -> None:
+    def __init__(self, config: Config, machine: Machine) -> None:
         self.config, self.machine = config, machine
-        self.fused = machine.name != "cpu" if fused is None else fused
+        self.fused = machine.name != CPU and config.kernels != "reference" and config.precision != "fp64"
+        """Whether the Triton kernels run."""
         model, context = config.model, config.data.context
+        self.tied = model.tied_embeddings
         different: list[Part] = [*dict.fromkeys(model.layers), EMBEDDING, HEAD]
         self.parts = {part: parameter_shapes(model, part) for part in different}
         self.flops = TRAINING * config.batch.sequences * sum(model_flops(model, context).values())
@@ -101,10 +103,17 @@ class Estimator:
         """FSDP's units of a part."""
         parallel = w.parallel
         data = w.dp * w.cp // parallel.replicate
-        key = part, parallel.tp, parallel.ep, data
+        key = part, parallel.tp, parallel.ep, data, self._one_matrix(parallel)
         if key not in self._units:
-            self._units[key] = units(self.parts[part], parallel, data)
+            shapes = self.parts[part]
+            if part == HEAD and self._one_matrix(parallel):
+                shapes = [shape for shape in shapes if shape.name != "projection.weight"]
+            self._units[key] = units(shapes, parallel, data)
         return self._units[key]
+
+    def _one_matrix(self, parallel: ParallelConfig) -> bool:
+        """Whether the head has none of its own; the two ends of a pipeline have a copy each."""
+        return self.tied and parallel.pp == 1
 
     def keeps(self, part: Part, w: Workload) -> dict[str, Terms]:
         """What a part keeps of a micro-step, by kind."""
@@ -128,7 +137,7 @@ class Estimator:
     def unit_cost(self, part: Part, w: Workload) -> UnitCost:
         """What FSDP sends for a part."""
         p = w.parallel
-        key = part, p.tp, p.ep, w.cp, w.dp, p.replicate
+        key = part, p.tp, p.ep, w.cp, w.dp, p.replicate, self._one_matrix(p)
         if key not in self._unit_costs:
             self._unit_costs[key] = units_cost(self.part_units(part, w), w, self.machine)
         return self._unit_costs[key]
@@ -171,8 +180,11 @@ class Estimator:
                     name = f"activations of {kind}"
                     terms[name] = terms.get(name, 0) + number * sum(own.values())
         if ends:
-            terms["pipeline's buffers"] = ends * config.batch.micro_steps * boundary_sends(w)
-        terms["reserve"] = int(RESERVE + FRAGMENTED * sum(terms.values())) if self.fused else 0
+            # Of every micro-step what comes in and the gradient that comes back; of those in flight what went out. A layer that
+            # keeps what came in has it in such a buffer.
+            out = sum(times * ((EMBEDDING, 1) in stage) - times * ((HEAD, 1) in stage) for stage, times in flights)
+            terms["pipeline's buffers"] = ends * config.batch.micro_steps * boundary_sends(w) + out * boundary_sends(w)
+        terms["reserve"] = 0 if self.machine.name == CPU else int(RESERVE + FRAGMENTED * sum(terms.values()))
         return terms
 
     def _held(self, parts: Stage, w: Workload) -> int:
@@ -207,7 +219,7 @@ class Estimator:
             if part.mixer == "attention" and w.cp > 1 and w.parallel.attention == "allgather":
                 fetched = 2 * w.cp * w.tokens * w.kv_heads * w.model.attention.head_dim * (w.size + w.wide)
         logits = w.tokens * (w.model.vocab_size // w.parallel.tp) * w.size
-        loss = 2 * min(logits, CHUNK_BYTES["cuda" if self.fused else "cpu"]) if HEAD in dict(parts) else 0
+        loss = 2 * min(logits, CHUNK_BYTES["cpu" if self.machine.name == CPU else "cuda"]) if HEAD in dict(parts) else 0
         return max(largest + again + fetched, loss)
 
     def _plain(self, w: Workload) -> Workload:
@@ -251,7 +263,9 @@ class Estimator:
             add(forward, cost.forward)
             add(backward, cost.backward)
             if not isinstance(part, str) and repeats(kind, part, w.parallel.recompute):
-                add(backward, {f"{cause} again": time for cause, time in cost.again.items()})
+                follows = w.parallel.recompute == "layer" and kind == part.mixer and part.feed_forward is not None
+                again = cost.forward if follows else cost.again
+                add(backward, {f"{cause} again": time for cause, time in again.items()})
         return forward, backward
 
     def _step(self, config: Config, w: Workload, exact: bool) -> tuple[float, Times]:
@@ -295,8 +309,9 @@ class Estimator:
         costs = [(self.unit_cost(part, w), count) for part, count in parts]
         copies = sum(count * cost.copies for cost, count in costs)
         if parallel.pp == 1:
-            # The first part's gathering and the last one's gradients have nothing to hide behind.
-            exposed = costs[0][0].gather + costs[0][0].scatter + max(0.0, copies - sum(backward))
+            # The first part's gathering and its gradients have nothing to hide behind, not even what it computes itself.
+            first, (ahead, back) = costs[0][0], (sum(way.values()) for way in self._part_times(parts[0][0], w))
+            exposed = min(first.gather, ahead) + min(first.scatter, back) + max(0.0, copies - sum(backward))
         else:
             exposed = sum(count * cost.scatter for cost, count in costs) + copies
         # Reads parameter, gradient and two moments, writes three of them.

@@ -16,6 +16,8 @@ from ...parallel.links import Link
 GiB = 2**30
 RATES = Path("runs/rates.yaml")
 """Where measured rates lie unless a path is given."""
+CPU = "cpu"
+"""The name of what has no GPU."""
 MEMORY = "memory"
 """Among rates: bytes/s of element-wise work."""
 
@@ -130,10 +132,12 @@ class Machine(NamedTuple):
 
         What goes to all others takes as many latencies as a tree has levels: assumed.
         """
-        here = max(1, min(ranks, self.per_node // stride))
+        here = ranks
         """Ranks of the group on one node."""
+        if self.nodes > 1:
+            here = math.gcd(ranks, self.per_node // stride) if self.per_node % stride == 0 else 1
         rounds = math.ceil(math.log2(ranks)) if ranks > 1 and kind != "ring" else 1
-        if ranks <= here:
+        if ranks == here:
             return Link(self.inside.latency * rounds, self.inside.bandwidth)
         bandwidth = self.between.bandwidth
         if kind in COLLECTIVES:
@@ -163,8 +167,8 @@ def build_machine(gpu: str, gpus: int, precision: str, nodes: int | None, link: 
     """Of options, and what was measured. Raises UserError for names that are not known."""
     known = facts()
     own = next((entry for entry in rates if entry.device == gpu and entry.precision == precision), None)
-    if gpu not in known.gpus and (own is None or gpu != "cpu"):
-        extra = "" if gpu != "cpu" else f" (cpu in {precision} has to be measured: baton plan --calibrate --precision {precision})"
+    if gpu not in known.gpus and (own is None or gpu != CPU):
+        extra = "" if gpu != CPU else f" (cpu in {precision} has to be measured: baton plan --calibrate --precision {precision})"
         raise UserError(f"--gpu is {gpu!r}, allowed: {', '.join(known.gpus)}, or cpu once `--calibrate` has measured it{extra}")
     if link not in known.links:
         raise UserError(f"--link is {link!r}, allowed: {', '.join(known.links)}")
@@ -175,11 +179,11 @@ def build_machine(gpu: str, gpus: int, precision: str, nodes: int | None, link: 
         return Link(known.links[name].latency, known.links[name].bandwidth * attained)
 
     between = nominal(link)
-    inside = own.link if own is not None and own.link is not None else nominal(known.gpus[gpu].link if gpu != "cpu" else link)
+    inside = own.link if own is not None and own.link is not None else nominal(known.gpus[gpu].link if gpu != CPU else link)
     measured = own is not None and own.link is not None
     linked = f"{'measured' if measured else known.gpus[gpu].link if gpu != 'cpu' else link} on a node, {link} between"
     linked += f" (of vendors' numbers {attained:.0%} are assumed)"
-    if gpu == "cpu":
+    if gpu == CPU:
         assert own is not None
         return Machine(gpu, gpus, per_node, own.memory * GiB / per_node, None, own.rates, inside, between, True, linked)
     facts_of = known.gpus[gpu]

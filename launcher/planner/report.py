@@ -60,14 +60,15 @@ def best_table(best: Iterable[Estimate], machine: Machine) -> Table:
 def ways(config: Config) -> list[str]:
     """A plan in three lines, or more where there is more to it."""
     parallel, steps = config.parallel, config.batch.micro_steps
-    further = [f"ep {parallel.ep}"] * (parallel.ep > 1) + [f"{parallel.replicate} copies"] * (parallel.replicate > 1)
+    experts = f", ep {parallel.ep}" if parallel.ep > 1 else ""
+    copies = f", {parallel.replicate} copies" if parallel.replicate > 1 else ""
     sequence = "whole sequences"
     if parallel.cp != 1:
         sequence = f"{parallel.layout}, {parallel.strategy}, {parallel.attention}"
     return [
-        ", ".join([mesh(parallel), *further]),
+        f"{mesh(parallel)}{experts}",
         sequence,
-        f"{steps} micro-step{'s' * (steps > 1)}, ZeRO {parallel.zero}",
+        f"{steps} micro-step{'s' * (steps > 1)}, ZeRO {parallel.zero}{copies}",
         *([f"{parallel.stages_per_rank} stages a rank"] if parallel.stages_per_rank > 1 else []),
         *([f"{parallel.recompute} computed again"] if parallel.recompute != "none" else []),
     ]

@@ -4,17 +4,18 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...configs.errors import UserError
-from ...configs.loading import load_config, parse_override
-from ...configs.schema import Config, ParallelConfig
+from ...configs.checks import check_tensor_degree
+from ...configs.errors import KeyedError, UserError
+from ...configs.loading import check_section, load_config, parse_override
+from ...configs.schema import BatchConfig, Config, ParallelConfig
 from ..benchmarks.report import console
 from .estimate import Estimator
 from .machine import RATES, Machine, build_machine, read_rates
 from .report import as_json, explain, show, why_not
 from .search import Found, divisors, families, search
 
-KEPT = ("transport",)
-"""Keys of `parallel` that no plan changes: they change results."""
+KEPT = ("transport", "links")
+"""Keys of `parallel` that no plan chooses: the one changes results, the other says what `auto` chooses by."""
 
 
 class Asked(NamedTuple):
@@ -79,32 +80,60 @@ def _check_target(path: Path | None, new: bool) -> None:
 
 def _config(asked: Asked, context: int | None) -> Config:
     """What is planned, its mesh open. With another context than the file's a step has about as many tokens."""
-    config = load_config(asked.config, asked.overrides)
+    others, parallel, micro_steps = _split(asked.overrides)
+    # What the file says of the mesh is not asked, and must not be refused beside the overrides.
+    open_mesh = ["parallel={}", "batch.micro_steps=1"]
+    kept = {key: value for key, value in parallel.items() if key in KEPT}
+    config = load_config(asked.config, [*others, *open_mesh])
     if context is not None:
-        keys = {".".join(map(str, parse_override(override)[0])) for override in asked.overrides}
         further = [f"data.context={context}"]
-        if not {"batch", "batch.sequences"} & keys:
-            wanted = config.batch.sequences * config.data.context / context
-            sequences = max((n for n in divisors(config.batch.sequences) if n <= wanted), default=1)
-            if context < config.data.context:
-                sequences = config.batch.sequences * (config.data.context // context)
-            further += [f"batch={{sequences: {sequences}, micro_steps: {_fixed(asked.overrides).get('micro_steps', 1)}}}"]
-        config = load_config(asked.config, [*asked.overrides, *further])
-    kept = {key: getattr(config.parallel, key) for key in KEPT}
+        if not any(parse_override(override)[0][0] == "batch" for override in others):
+            further += [f"batch.sequences={_sequences(config, context)}"]
+        config = load_config(asked.config, [*others, *open_mesh, *further])
+    check_section(ParallelConfig, "parallel", parallel)
+    if micro_steps is not None:
+        check_section(BatchConfig, "batch", {"sequences": config.batch.sequences, "micro_steps": micro_steps})
+    try:
+        check_tensor_degree(config.model, parallel.get("tp", 1))
+    except KeyedError as error:
+        raise UserError(f"override {error.key} {error}") from None
     return config.model_copy(update={"parallel": ParallelConfig(**kept)})
+
+
+def _sequences(config: Config, context: int) -> int:
+    """Of a step with as many tokens as the config's: one of its divisors or multiples."""
+    if context <= config.data.context:
+        return config.batch.sequences * (config.data.context // context)
+    wanted = config.batch.sequences * config.data.context / context
+    return max((n for n in divisors(config.batch.sequences) if n <= wanted), default=1)
+
+
+def _split(overrides: list[str]) -> tuple[list[str], dict[str, Any], int | None]:
+    """Overrides of anything else; values of `parallel`; batch.micro_steps."""
+    others: list[str] = []
+    parallel: dict[str, Any] = {}
+    micro_steps = None
+    for override in overrides:
+        keys, value = parse_override(override)
+        if keys == ("parallel",) and isinstance(value, dict):
+            parallel |= value
+        elif keys[0] == "parallel" and len(keys) == 2:
+            parallel[str(keys[1])] = value
+        elif keys == ("batch", "micro_steps"):
+            micro_steps = value
+        elif keys == ("batch",) and isinstance(value, dict) and "micro_steps" in value:
+            micro_steps = value["micro_steps"]
+            others += [f"batch.{key}={json.dumps(each)}" for key, each in value.items() if key != "micro_steps"]
+        else:
+            others.append(override)
+    return others, parallel, micro_steps
 
 
 def _fixed(overrides: list[str]) -> dict[str, Any]:
     """What overrides say of the mesh."""
-    fixed: dict[str, Any] = {}
-    for override in overrides:
-        keys, value = parse_override(override)
-        section = dict(value) if len(keys) == 1 and isinstance(value, dict) else {str(keys[-1]): value}
-        if keys[0] == "parallel":
-            fixed |= section
-        elif keys[0] == "batch" and "micro_steps" in section:
-            fixed["micro_steps"] = section["micro_steps"]
-    return {key: value for key, value in fixed.items() if value != "auto" and key not in KEPT}
+    _, parallel, micro_steps = _split(overrides)
+    fixed = {key: value for key, value in parallel.items() if value != "auto" and key not in KEPT}
+    return fixed | ({} if micro_steps is None else {"micro_steps": micro_steps})
 
 
 def _machine(asked: Asked, precision: str, gpus: int | None = None) -> Machine:

@@ -17,11 +17,13 @@ SIMULATED = 30
 """Of the best by formula: those whose schedule is run, of which the best are shown."""
 MODES = [
     [(2, "none")],
-    [(3, "none")],
-    [(3, "feed_forward"), (3, "mixer")],
+    [(3, "none"), (2, "feed_forward"), (2, "mixer")],
+    [(3, "feed_forward"), (3, "mixer"), (2, "layer")],
     [(3, "layer")],
 ]
 """Keys zero and recompute, the fastest first: of the first lot in which something fits, the fastest."""
+EXCHANGES = ["ring", "allgather", "doubling", "sliced"]
+ATTENTIONS = ["ulysses", "ring", "usp", "allgather"]
 ENOUGH_TOKENS = 65536
 """Of a micro-step on a rank: beyond, more than one sequence does not make a GPU any faster. Assumed."""
 
@@ -92,7 +94,7 @@ def families(estimator: Estimator, fixed: dict[str, Any]) -> Iterator[Iterator[C
 
     Those of a family differ in their micro-steps, ascending.
     """
-    strategies: dict[tuple[int, ...], dict[str, Any]] = {}
+    strategies: dict[tuple[int, ...], dict[str, Any] | None] = {}
     for degrees in _degrees(estimator.machine, fixed):
         if micro_steps := _micro_steps(estimator.config, degrees, fixed):
             for options in _options(estimator.config, estimator.machine, degrees, fixed):
@@ -103,18 +105,18 @@ def _family(
     estimator: Estimator,
     mesh: dict[str, Any],
     micro_steps: list[int],
-    strategies: dict[tuple[int, ...], dict[str, Any]],
+    strategies: dict[tuple[int, ...], dict[str, Any] | None],
     fixed: dict[str, Any],
 ) -> Iterator[Config]:
     config = estimator.config
     for number in micro_steps:
         plain = _with(config, mesh, number)
-        if not _allowed(plain):
-            continue
         key = mesh["tp"], mesh["cp"], config.batch.sequences // number // mesh["dp"], mesh["sequence_parallel"]
         if key not in strategies:
             strategies[key] = _strategies(estimator, plain, fixed)
-        yield _with(config, mesh | strategies[key], number)
+        candidate = _with(config, mesh | (strategies[key] or {}), number)
+        if strategies[key] is not None and _allowed(candidate):
+            yield candidate
 
 
 def _with(config: Config, parallel: dict[str, Any], micro_steps: int) -> Config:
@@ -141,7 +143,7 @@ def divisors(number: int) -> list[int]:
 
 def _degrees(machine: Machine, fixed: dict[str, Any]) -> Iterator[dict[str, int]]:
     """tp, pp, cp and dp whose product are the GPUs; tp stays on a node."""
-    for tp in _choices(fixed, "tp", [n for n in divisors(machine.gpus) if n <= machine.per_node]):
+    for tp in _choices(fixed, "tp", [n for n in divisors(machine.gpus) if machine.per_node % n == 0]):
         for pp in _choices(fixed, "pp", divisors(max(1, machine.gpus // tp))):
             for cp in _choices(fixed, "cp", divisors(max(1, machine.gpus // (tp * pp)))):
                 dp = machine.gpus // (tp * pp * cp)
@@ -171,40 +173,49 @@ def _options(config: Config, machine: Machine, degrees: dict[str, int], fixed: d
     copies = sorted({1, degrees["dp"], tokens // math.gcd(tokens, node)} & set(divisors(degrees["dp"])))
     for replicate in _choices(fixed, "replicate", copies):
         for ep in _choices(fixed, "ep", divisors(math.gcd(config.model.moe.experts, tokens // replicate)) if experts else [1]):
-            for each in _choices(fixed, "stages_per_rank", [1, 2, 4] if degrees["pp"] > 1 else [1]):
+            for each in _choices(fixed, "stages_per_rank", _stages_per_rank(config, degrees["pp"])):
                 schedule = "interleaved_1f1b" if each > 1 else "1f1b"
                 if fixed.get("schedule", schedule) == schedule:
                     pipeline = {"stages_per_rank": each, "schedule": schedule}
                     yield {"ep": ep, "replicate": replicate, "sequence_parallel": shared_out[0], **pipeline}
 
 
-def _strategies(estimator: Estimator, config: Config, fixed: dict[str, Any]) -> dict[str, Any]:
-    """The layout and strategies over cp with which mixers take the least time together."""
+def _stages_per_rank(config: Config, pp: int) -> list[int]:
+    """Those that are tried; where the pattern cuts the layers, what its cuts make."""
+    if pp == 1:
+        return [1]
+    if stages := len(config.model.cuts):
+        return [(stages + 1) // pp] if (stages + 1) % pp == 0 else []
+    return [1, 2, 4]
+
+
+def _strategies(estimator: Estimator, config: Config, fixed: dict[str, Any]) -> dict[str, Any] | None:
+    """The layout and strategies over cp with which mixers take the least time together; None where none is allowed."""
     if config.parallel.cp == 1:
-        return {"layout": fixed.get("layout", "contiguous"), "strategy": "auto", "attention": "auto"}
-    kinds, cp = [layer.mixer for layer in config.model.layers], config.parallel.cp
-    assert cp != "auto"
-    best: tuple[float, dict[str, Any]] | None = None
-    for layout in _choices(fixed, "layout", ["contiguous", "zigzag"]):
-        total, chosen = 0.0, {"layout": layout, "strategy": "ring", "attention": "ring"}
-        for kind, key, names in (
-            ("mamba2", "strategy", ["ring", "allgather", "doubling", "sliced"]),
-            ("attention", "attention", ["ulysses", "ring", "usp", "allgather"]),
-        ):
-            times = {}
-            for name in _choices(fixed, key, names):
-                if name == "ulysses" and config.model.attention.heads // config.parallel.tp % cp:
-                    continue
-                w = estimator.workload(_with(config, chosen | {key: name}, config.batch.micro_steps))
-                cost = part_cost(kind, w, estimator.machine)
+        return {key: fixed[key] for key in ("layout", "strategy", "attention") if key in fixed}
+    found = [_of_layout(estimator, config, layout, fixed) for layout in _choices(fixed, "layout", ["contiguous", "zigzag"])]
+    return min((each for each in found if each is not None), key=lambda each: each[0], default=(0.0, None))[1]
+
+
+def _of_layout(
+    estimator: Estimator, config: Config, layout: str, fixed: dict[str, Any]
+) -> tuple[float, dict[str, Any] | None] | None:
+    """Seconds of all mixers, and the fastest strategies."""
+    kinds = [layer.mixer for layer in config.model.layers]
+    total, chosen = 0.0, {"layout": layout, "strategy": "sliced", "attention": "ring"}
+    for kind, key, names in (("mamba2", "strategy", EXCHANGES), ("attention", "attention", ATTENTIONS)):
+        times = {}
+        for name in _choices(fixed, key, names) if kind in kinds else []:
+            tried = _with(config, chosen | {key: name}, config.batch.micro_steps)
+            if _allowed(tried):
+                cost = part_cost(kind, estimator.workload(tried), estimator.machine)
                 times[name] = sum(cost.forward.values()) + sum(cost.backward.values())
-            if kind in kinds and times:
-                chosen[key] = min(times, key=times.__getitem__)
-                total += kinds.count(kind) * times[chosen[key]]
-        if best is None or total < best[0]:
-            best = total, chosen
-    assert best is not None
-    return best[1]
+        if kind in kinds:
+            if not times:
+                return None
+            chosen[key] = min(times, key=times.__getitem__)
+            total += kinds.count(kind) * times[chosen[key]]
+    return total, chosen
 
 
 def _best_mode(estimator: Estimator, candidate: Config, fixed: dict[str, Any]) -> tuple[Estimate | None, Lacking | None]:

@@ -126,16 +126,19 @@ def attention_seconds(
     link: LinkCost,
     flops: float,
     backward: bool = False,
+    deal: LinkCost | None = None,
 ) -> float:
     """One direction of one layer on the slowest rank, for single documents: a round costs latency + bytes / bandwidth.
 
     A ring's rounds hide behind the computation as far as that lasts (`flops`: FLOP/s that a rank attains), except the first,
     in which the ranks come together and which counts in full; no other round hides. Backward computes 2.5 times as much.
+    deal: what joins the ranks that exchange heads, where that is another link.
     """
     sent = _traffic(strategy, layout, b, l, heads, kv_heads, head_dim, bytes_per_element, None)
     u = ulysses_degree(strategy, layout.ranks, heads)
     computation = 4 * head_dim * b * (heads // u) * _slowest_pairs(layout, u, l * layout.ranks) / flops
-    exposed = 2 * link.latency + sent.dealt / link.bandwidth if sent.dealt else 0.0
+    dealing = deal or link
+    exposed = 2 * dealing.latency + sent.dealt / dealing.bandwidth if sent.dealt else 0.0
     block, gradient = (link.latency + size / link.bandwidth for size in (sent.block, sent.gradient))
     if backward:
         computation *= BACKWARD_PRODUCTS

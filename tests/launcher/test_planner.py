@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 import yaml
-from models.test_memory import WIDE, in_balance
+from models.test_memory import WIDE, cpus, in_balance
 from models.test_stages import build, micro_steps_of
 from typer.testing import CliRunner
 
@@ -70,6 +70,7 @@ TRAFFIC = {
         strategy: allgather, attention: ulysses}""",
         4,
     ),
+    "one matrix at both ends": (2, "{cp: 1, dp: 2, replicate: 1}", 2),
     "copies": (8, "{cp: 1, pp: 2, dp: 4, ep: 2, replicate: 2, zero: 2}", 4),
 }
 
@@ -79,13 +80,14 @@ def test_every_axis_sends_what_is_planned(pool, case):
     """To the byte, on every rank."""
     world, parallel, micro_steps = TRAFFIC[case]
     batch = f"batch={{sequences: {4 * micro_steps}, micro_steps: {micro_steps}}}"
-    config = tiny_config([*WIDE, "model.mamba2.groups=2", "data.context=64", f"parallel={parallel}", batch], world)
+    tied = f"model.tied_embeddings={case == 'one matrix at both ends'}"
+    config = tiny_config([*WIDE, "model.mamba2.groups=2", tied, "data.context=64", f"parallel={parallel}", batch], world)
     named = {"strategy": "sliced", "attention": "ring"}
     named = {
         key: value if getattr(config.parallel, key) == "auto" else getattr(config.parallel, key) for key, value in named.items()
     }
     planned = config.model_copy(update={"parallel": config.parallel.model_copy(update=named)})
-    estimator = Estimator(planned, h200(world), fused=False)
+    estimator = Estimator(planned, cpus(world))
     for found, names, pp_rank, cp_rank in pool.run(world, sent, config):
         expected = Counter()
         for axis, number in estimator.traffic(planned, pp_rank, cp_rank).items():
@@ -268,7 +270,7 @@ def run(tmp_path, monkeypatch):
             ["jamba_52b_1m", "--gpus", 8],
             ["8 h200 do not hold 1,048,576", "GiB more than a h200 has", "--context 262144", "--gpus 16"],
         ),
-        (["jamba_1b", "--gpus", 8, "parallel.tp=3"], ["override parallel.tp=3", "allowed: 1, 2, 4"]),
+        (["jamba_1b", "--gpus", 8, "parallel.tp=3"], ["override parallel.tp is 3", "allowed: 1, 2, 4"]),
         (["jamba_1b", "--gpus", 8, "parallel.pp=5"], ["no mesh of so many ranks", "kept: pp 5", "10"]),
         (["jamba_1b", "--gpus", 8, "--explain", 50], ["--explain is 50", "1 to 10"]),
         (["nothing.yaml"], ["nothing.yaml: no such file"]),

@@ -83,8 +83,11 @@ def check_section(section: type[BaseModel], name: str, values: dict[str, Any]) -
         section.model_validate(values)
     except ValidationError as errors:
         error = errors.errors()[0]
+        cause = error.get("ctx", {}).get("error")
+        if isinstance(cause, KeyedError):
+            raise ConfigError(f"override {name}.{cause.key} {cause}") from None
         keys: Keys = (name, *error["loc"][:1])
-        raise ConfigError(f"override {_dotted(keys)}: {_explain({**error, 'loc': keys})}") from None
+        raise ConfigError(f"override {_dotted(keys)} {_explain({**error, 'loc': keys})}") from None
 
 
 def _located(error: KeyedError, section: Keys, source: str, places: dict[Keys, str]) -> ConfigError:

@@ -17,6 +17,8 @@ from .workload import Workload
 
 ATTENTION = {"ulysses": "all_to_all", "usp": "all_to_all", "ring": "ring", "allgather": "all_gather"}
 """The kind of message of each way that attention works over cp."""
+EXCHANGE = {"ring": "ring", "doubling": "ring", "allgather": "all_gather", "sliced": "all_to_all"}
+"""And of each way that boundary states pass."""
 
 
 class Message(NamedTuple):
@@ -124,8 +126,7 @@ def _mamba2(w: Workload, cp_rank: int) -> Messages:
         halo = Message("cp", "ring", halo_messages(w.layout, cp_rank, reverse) * tail, "tokens before a segment")
         states = state_sizes(w)
         sent = sent_by(cp_rank, strategy, w.layout, *states, reverse=reverse)
-        kind = {"ring": "ring", "doubling": "ring", "allgather": "all_gather", "sliced": "all_to_all"}[strategy]
-        exchange = Message("states", kind, sent, "boundary states", len(traffic(strategy, w.layout, *states)))
+        exchange = Message("states", EXCHANGE[strategy], sent, "boundary states", len(traffic(strategy, w.layout, *states)))
         ways.append([exchange, halo] if reverse else [halo, exchange])
     return _mixer(w, "mamba2", [*ways[0], *sums], [*sums, *ways[1]])
 

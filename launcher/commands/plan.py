@@ -18,8 +18,10 @@ def plan(
     gpus: int = typer.Option(8, min=1, help="GPUs of the job."),
     gpu: str = typer.Option("h200", help="a100, h100, h200, b200, mi300x; or cpu, once it is measured."),
     nodes: int | None = typer.Option(None, min=1, help="Nodes that the GPUs are on; as many as they fill unless given."),
-    link: str = typer.Option("ib_ndr", help="What joins nodes, a port for each GPU: ib_hdr, ib_ndr, ib_xdr, roce_200, ..."),
-    context: int | None = typer.Option(None, min=1, help="Tokens of a sequence; a step has as many tokens as in the file."),
+    link: str = typer.Option(
+        "ib_ndr", help="Between nodes, a port for each GPU: ib_hdr, ib_ndr, ib_xdr, roce_200, roce_400, ethernet_100."
+    ),
+    context: int | None = typer.Option(None, min=1, help="Tokens of a sequence; a step has about as many tokens as the file's."),
     explain: int | None = typer.Option(None, min=1, help="Show the arithmetic of the plan of this number."),
     write: Path | None = typer.Option(None, help="Where the best plan's config goes, to train with; a new file."),
     json: Path | None = typer.Option(None, help="Where all numbers go."),
@@ -31,7 +33,7 @@ def plan(
 ) -> None:
     """Choose the mesh: every one that the config allows is counted through, memory, traffic and time; no GPU is needed.
 
-    Nothing that FILE's parallel section says is kept; overrides are.
+    What the config's own parallel section says is not kept, but for transport and links; overrides are.
     """
     from ..errors import user_errors
 

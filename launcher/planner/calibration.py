@@ -25,7 +25,7 @@ from ..benchmarks.report import console
 from ..benchmarks.report import link as describe_link
 from ..environment import Environment, launch, process_group
 from ..errors import under_torchrun
-from .machine import MEMORY, GiB, Measured, facts, read_rates, write_rates
+from .machine import CPU, MEMORY, GiB, Measured, find_gpu, read_rates, write_rates
 
 Precision = Literal["fp32", "bf16", "fp64"]
 SECONDS = 1.0
@@ -164,9 +164,9 @@ def _finish(device: torch.device) -> None:
 
 def _name(device: torch.device) -> str:
     if device.type == "cpu":
-        return "cpu"
+        return CPU
     name = torch.cuda.get_device_name(device)
-    return next((key for key, gpu in facts().gpus.items() if any(part in name for part in gpu.names)), name)
+    return find_gpu(name) or name
 
 
 def _memory(device: torch.device) -> int:

@@ -20,6 +20,9 @@ RESERVE = 2 * GiB
 FRAGMENTED = 0.05
 """Of what is allocated: lost between blocks. Assumed."""
 
+SIMULATED_ACTIONS = 20000
+"""Beyond so many forwards a schedule is not simulated: its bubble is next to nothing."""
+
 Part = LayerKinds | str
 """A layer by its kinds, the EMBEDDING or the HEAD."""
 Stage = tuple[tuple[Part, int], ...]
@@ -44,12 +47,6 @@ class Estimate(NamedTuple):
     def largest(self) -> int:
         """Bytes of the rank that holds most."""
         return max(sum(terms.values()) for terms in self.memory)
-
-    @property
-    def fullest(self) -> int:
-        """That rank's place in the pipeline."""
-        totals = [sum(terms.values()) for terms in self.memory]
-        return totals.index(max(totals))
 
 
 class Estimator:
@@ -293,7 +290,7 @@ class Estimator:
     def _pipeline(self, config: Config, w: Workload, forward: list[float], backward: list[float], exact: bool) -> float:
         """Seconds of a step's forwards and backwards."""
         parallel, micro_steps = config.parallel, config.batch.micro_steps
-        if exact:
+        if exact and micro_steps * parallel.stages <= SIMULATED_ACTIONS:
             link = axis_link("pp", "ring", w, self.machine)
             hop = link.latency + boundary_sends(w) / link.bandwidth
             return simulate(parallel.pp, parallel.stages_per_rank, micro_steps, forward, backward, hop).seconds

@@ -4,10 +4,10 @@ import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from ...configs.errors import UserError
 from ...models.flops import Work
@@ -45,6 +45,7 @@ class _LinkEntry(BaseModel):
 class _Facts(BaseModel):
     model_config = ConfigDict(extra="forbid")
     gpus: dict[str, Gpu]
+    node_links: dict[str, _LinkEntry]
     links: dict[str, _LinkEntry]
     assumed: dict[str, float]
 
@@ -62,13 +63,20 @@ class Measured(BaseModel):
     device: str
     """cpu, or a GPU's name in `machines.yaml`, or what torch calls it."""
     precision: Literal["fp32", "bf16", "fp64"]
-    rates: dict[str, float]
-    """FLOP/s of a kind of `Work`, bytes/s of MEMORY."""
+    rates: dict[str, Annotated[float, Field(gt=0)]]
+    """FLOP/s of each kind of `Work`, bytes/s of MEMORY."""
     memory: float = Field(gt=0)
     """GiB of the device; of a CPU, of the machine."""
     latency: float | None = None
     bandwidth: float | None = None
     """Of the link between two ranks here, where it was measured: seconds a round, bytes/s."""
+
+    @field_validator("rates")
+    @classmethod
+    def _all_rates(cls, rates: dict[str, float]) -> dict[str, float]:
+        if rates.keys() != {*Work, MEMORY}:
+            raise ValueError(f"allowed: all of {', '.join((*Work, MEMORY))}")
+        return rates
 
     @property
     def link(self) -> Link | None:
@@ -82,11 +90,14 @@ _MEASURED = TypeAdapter(list[Measured])
 def read_rates(path: Path) -> list[Measured]:
     """Of a file. Raises UserError."""
     try:
-        return _MEASURED.validate_python(yaml.safe_load(path.read_text()))
+        return _MEASURED.validate_python(yaml.safe_load(path.read_text()) or [])
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or 'is no text'}") from None
-    except (yaml.YAMLError, ValidationError):
-        raise UserError(f"{path}: holds no rates; `baton plan --calibrate` writes them") from None
+    except yaml.YAMLError:
+        raise UserError(f"{path}: no YAML; `baton plan CONFIG --calibrate --rates FILE` writes rates") from None
+    except ValidationError as errors:
+        first = errors.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc'])) or 'no list'}: {first['msg']}") from None
 
 
 def write_rates(path: Path, measured: list[Measured]) -> None:
@@ -152,31 +163,45 @@ class Machine(NamedTuple):
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
 
 
-def find_gpu(torch_name: str) -> Gpu | None:
-    """That of which torch's name is; None where it is unknown."""
-    return next((gpu for gpu in facts().gpus.values() if any(name in torch_name for name in gpu.names)), None)
+def find_gpu(torch_name: str) -> str | None:
+    """The name here of what torch calls so; None where it is unknown."""
+    return next((name for name, gpu in facts().gpus.items() if any(part in torch_name for part in gpu.names)), None)
 
 
 def peak_flops(torch_name: str, precision: str) -> float | None:
     """FLOP/s of a GPU as its vendor gives them; None where they are not known."""
-    gpu = find_gpu(torch_name)
-    return None if gpu is None else gpu.flops[precision]
+    name = find_gpu(torch_name)
+    return None if name is None else facts().gpus[name].flops[precision]
+
+
+def check_names(gpu: str, gpus: int, nodes: int | None, link: str) -> None:
+    """Raises UserError for what is not known, and for nodes that there are not."""
+    known = facts()
+    if gpu not in (*known.gpus, CPU):
+        raise UserError(f"--gpu is {gpu!r}, allowed: {', '.join(known.gpus)}, {CPU}")
+    if link not in known.links:
+        raise UserError(f"--link is {link!r}, allowed: {', '.join(known.links)}")
+    if nodes is not None and gpus % nodes:
+        raise UserError(f"--nodes is {nodes}, allowed: a divisor of --gpus, {gpus}")
+    if nodes is not None and gpu != CPU and gpus // nodes > known.gpus[gpu].per_node:
+        raise UserError(f"--nodes is {nodes}, allowed: {math.ceil(gpus / known.gpus[gpu].per_node)} and more for {gpus} {gpu}")
 
 
 def build_machine(gpu: str, gpus: int, precision: str, nodes: int | None, link: str, rates: list[Measured]) -> Machine:
     """Of options, and what was measured. Raises UserError for names that are not known."""
+    check_names(gpu, gpus, nodes, link)
     known = facts()
     own = next((entry for entry in rates if entry.device == gpu and entry.precision == precision), None)
-    if gpu not in known.gpus and (own is None or gpu != CPU):
-        extra = "" if gpu != CPU else f" (cpu in {precision} has to be measured: baton plan --calibrate --precision {precision})"
-        raise UserError(f"--gpu is {gpu!r}, allowed: {', '.join(known.gpus)}, or cpu once `--calibrate` has measured it{extra}")
-    if link not in known.links:
-        raise UserError(f"--link is {link!r}, allowed: {', '.join(known.links)}")
-    per_node = _per_node(known.gpus[gpu].per_node if gpu in known.gpus else gpus, gpus, nodes)
+    if gpu == CPU and own is None:
+        measure = f"`baton plan CONFIG precision={precision} --calibrate` measures them"
+        raise UserError(f"--gpu is {CPU}, whose rates in {precision} are not known; {measure}")
+    usual = min(known.gpus[gpu].per_node if gpu != CPU else gpus, gpus)
+    per_node = usual if nodes is None else gpus // nodes
     attained = known.assumed["links"]
 
     def nominal(name: str) -> Link:
-        return Link(known.links[name].latency, known.links[name].bandwidth * attained)
+        entry = (known.node_links | known.links)[name]
+        return Link(entry.latency, entry.bandwidth * attained)
 
     between = nominal(link)
     inside = own.link if own is not None and own.link is not None else nominal(known.gpus[gpu].link if gpu != CPU else link)
@@ -191,11 +216,3 @@ def build_machine(gpu: str, gpus: int, precision: str, nodes: int | None, link: 
     assumed = {str(work): known.assumed[work] * peak for work in Work} | {MEMORY: known.assumed[MEMORY] * facts_of.bandwidth}
     rates_of = assumed | (own.rates if own is not None else {})
     return Machine(gpu, gpus, per_node, facts_of.memory * GiB, peak, rates_of, inside, between, own is not None, linked)
-
-
-def _per_node(usual: int, gpus: int, nodes: int | None) -> int:
-    if nodes is None:
-        return min(usual, gpus)
-    if gpus % nodes:
-        raise UserError(f"--nodes is {nodes}, allowed: a divisor of --gpus, {gpus}")
-    return gpus // nodes

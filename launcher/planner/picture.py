@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from ...configs.errors import UserError
 from ...configs.schema import Config
+from ...models.traffic import EXCHANGE as MESSAGES
 from ...models.workload import Workload
 from ...parallel.layout import Layout
 from ...parallel.links import seconds
@@ -22,8 +24,6 @@ STATES = [2**k for k in range(10, 27, 2)]
 """Bytes of a segment's states, 1 KiB to 64 MiB."""
 HEAD_STATE = 64 * 128 * 4
 """Bytes of a head's state, to each of which a decay of 4 bytes belongs."""
-KINDS = {"ring": "ring", "allgather": "all_gather", "doubling": "ring", "sliced": "all_to_all"}
-"""The messages of each way to pass states on, as `Machine.link` knows them."""
 ATTENTION = {"ulysses": "tab:orange", "usp": "tab:red", "ring": "tab:blue", "allgather": "tab:green"}
 EXCHANGE = {"ring": "tab:blue", "allgather": "tab:green", "doubling": "tab:purple", "sliced": "tab:orange"}
 
@@ -37,7 +37,10 @@ def draw(path: Path, config: Config, machine: Machine) -> None:
     _draw_winners(panels[2], "boundary states over cp", STATES, "bytes of a segment's states", EXCHANGE, _state_times(machine))
     rates = "measured" if machine.calibrated else "assumed, not measured"
     figure.suptitle(f"layers of d_model {config.model.d_model} on {machine.name}, {machine.per_node} a node; rates {rates}")
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     plt.close(figure)
 
 
@@ -99,14 +102,12 @@ def _attention_times(estimator: Estimator) -> dict[tuple[int, int], dict[str, fl
 
 def _state_times(machine: Machine) -> dict[tuple[int, int], dict[str, float]]:
     """Seconds of one exchange by way, for each size of a segment's states and number of ranks."""
-    return {
-        (size, ranks): {
-            name: seconds(name, Layout("zigzag", ranks), size, 4 * max(1, size // HEAD_STATE), machine.link(1, ranks, KINDS[name]))
-            for name in EXCHANGE
-        }
-        for size in STATES
-        for ranks in RANKS
-    }
+
+    def exchange(name: str, size: int, ranks: int) -> float:
+        link = machine.link(1, ranks, MESSAGES[name])
+        return seconds(name, Layout("zigzag", ranks), size, 4 * max(1, size // HEAD_STATE), link)
+
+    return {(size, ranks): {name: exchange(name, size, ranks) for name in EXCHANGE} for size in STATES for ranks in RANKS}
 
 
 def _draw_winners(

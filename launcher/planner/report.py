@@ -1,6 +1,6 @@
 """How plans are shown: the best in a table, one with its arithmetic, all as JSON, and why nothing fits."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 from rich import box
@@ -10,7 +10,7 @@ from ...configs.schema import Config, ParallelConfig
 from ...models.flops import stage_layers
 from ...models.memory import Terms
 from ..benchmarks.report import console, size
-from ..training.description import count_parameters
+from ..training.description import count_parameters, describe_stages
 from .estimate import Estimate, Estimator
 from .machine import GiB, Machine
 from .search import Found, Lacking
@@ -19,10 +19,15 @@ SHOWN_STAGES = 4
 """Columns of a memory table, if the pipeline is longer: the first, the fullest, the last and one between."""
 
 
-def show(config: Config, machine: Machine, found: Found) -> None:
-    """Prints what was planned, on what, and the best meshes."""
+def show(config: Config, machine: Machine, found: Found, fixed: Container[str]) -> None:
+    """Prints what was planned, on what, and the best meshes; fixed: keys that were not chosen."""
     console.print("\n".join(describe(config, machine)), soft_wrap=True, markup=False)
-    console.print(f"{found.meshes:,} ways to lay it out tried, {found.fitting:,} fit; the fastest of each mesh:", soft_wrap=True)
+    if "micro_steps" not in fixed and any(layer.feed_forward == "moe" for layer in config.model.layers):
+        console.print(
+            "Micro-steps are chosen too, over each of which the experts' auxiliary loss is a mean: batch.micro_steps=N keeps N",
+            soft_wrap=True,
+        )
+    console.print(f"{found.tried:,} ways to lay it out tried, {found.fitting:,} fit; the fastest of each mesh:", soft_wrap=True)
     console.print(best_table(found.best, machine))
 
 
@@ -113,7 +118,7 @@ def _memory_table(config: Config, memory: list[Terms], machine: Machine) -> Tabl
     stages = stage_layers(config.model, config.parallel.stages, config.data.context)
     table = Table("memory of a rank, GiB", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for rank in ranks:
-        layers = ", ".join(f"{own.start}-{own.stop - 1}" for own in stages[rank :: config.parallel.pp])
+        layers = ", ".join(describe_stages(stages[rank :: config.parallel.pp]))
         table.add_column(f"pp {rank}: layers {layers}" if config.parallel.pp > 1 else "all layers", justify="right")
     names = dict.fromkeys(name for rank in ranks for name in memory[rank])
     for name in names:
@@ -181,7 +186,7 @@ def why_not(lacking: Lacking, machine: Machine) -> str:
     stage = f" on pipeline rank {rank} of {parallel.pp}" if parallel.pp > 1 else ""
     return (
         f"of all meshes {mesh(parallel)} (recompute {parallel.recompute}) lacks least: it needs {needed:.1f} GiB"
-        f"{stage} ({named}), {needed - machine.memory / GiB:.1f} GiB more than a {machine.name} has"
+        f"{stage} ({named}), {needed - machine.memory / GiB:.1f} GiB more than one {machine.name} has"
     )
 
 
@@ -197,7 +202,7 @@ def as_json(config: Config, machine: Machine, found: Found) -> dict[str, Any]:
         "parameters": count_parameters(config.model),
         "context": config.data.context,
         "sequences": config.batch.sequences,
-        "tried": found.meshes,
+        "tried": found.tried,
         "fitting": found.fitting,
         "plans": [
             {

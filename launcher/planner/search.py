@@ -47,8 +47,8 @@ class Found(NamedTuple):
     """Those that fit, the fastest first, one of each mesh."""
     nearest: Lacking | None
     """Where none fits: that which lacks least memory."""
-    meshes: int
-    """Combinations of degrees that the config allows."""
+    tried: int
+    """Ways to lay the job out that were estimated."""
     fitting: int
     """Of them."""
 
@@ -61,10 +61,10 @@ def search(config: Config, machine: Machine, fixed: dict[str, Any], first: bool 
     estimator = Estimator(config, machine)
     found: dict[tuple[int, ...], Estimate] = {}
     nearest: Lacking | None = None
-    meshes = fitting = 0
+    tried = fitting = 0
     for family in families(estimator, fixed):
         for candidate in family:
-            meshes += 1
+            tried += 1
             fits, lacking = _best_mode(estimator, candidate, fixed)
             if fits is None:
                 if lacking is not None and (nearest is None or lacking.largest < nearest.largest):
@@ -81,7 +81,7 @@ def search(config: Config, machine: Machine, fixed: dict[str, Any], first: bool 
             break
     best = sorted(found.values(), key=lambda estimate: estimate.seconds)[:SIMULATED]
     exact = sorted((estimator.estimate(each.config, exact=True) for each in best), key=lambda estimate: estimate.seconds)
-    return Found(exact[:SHOWN], nearest if not exact else None, meshes, fitting)
+    return Found(exact[:SHOWN], nearest if not exact else None, tried, fitting)
 
 
 def _mesh_key(parallel: ParallelConfig) -> tuple[int, ...]:

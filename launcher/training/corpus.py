@@ -12,6 +12,8 @@ from pathlib import Path
 
 from ...configs.errors import UserError
 
+BLOCK = 1 << 24
+"""Bytes that are read at once."""
 SUFFIXES = {".py", ".txt", ".md", ".rst", ".jsonl"}
 """What is read in a folder, also with .gz behind it. A file that is named itself is read whatever its suffix."""
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "encodings"}
@@ -61,7 +63,10 @@ def _read(path: Path, named: bool, most: int) -> Iterator[str]:
             if path.name.removesuffix(".gz").endswith(".jsonl"):
                 yield from (text for number, line in enumerate(file, 1) if (text := _line_text(path, number, line)))
                 return
-            data = file.read(most)
+            data = bytearray()
+            # Block by block: a reader makes room for all that it is asked for.
+            while block := file.read(min(BLOCK, most - len(data))):
+                data += block
             # A file that is cut at `most` may end within a character.
             text = codecs.getincrementaldecoder("utf-8")().decode(data, final=len(data) < most)
     except UnicodeDecodeError as error:

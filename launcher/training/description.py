@@ -29,8 +29,12 @@ def describe_mesh(config: Config, mesh: Mesh) -> str:
 def describe_pipeline(config: Config) -> str:
     """The schedule, and the layers of each stage."""
     stages = stage_layers(config.model, config.parallel.stages, config.data.context)
-    layers = [str(own.start) if len(own) == 1 else f"{own.start}-{own.stop - 1}" for own in stages]
-    return f"pipeline {config.parallel.schedule} of layers {' | '.join(layers)}"
+    return f"pipeline {config.parallel.schedule} of layers {' | '.join(describe_stages(stages))}"
+
+
+def describe_stages(stages: list[range]) -> list[str]:
+    """The layers of each stage."""
+    return [str(own.start) if len(own) == 1 else f"{own.start}-{own.stop - 1}" for own in stages]
 
 
 def summarize(config: Config, done: int, consumed: int, sample: str | None) -> str:

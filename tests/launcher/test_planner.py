@@ -76,7 +76,7 @@ TRAFFIC = {
 }
 
 
-@pytest.mark.parametrize("case", TRAFFIC)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if TRAFFIC[case][0] == 8 else ()) for case in TRAFFIC])
 def test_every_axis_sends_what_is_planned(pool, case):
     """To the byte, on every rank."""
     world, parallel, micro_steps = TRAFFIC[case]
@@ -174,6 +174,7 @@ def sleeping_pipeline(rank, ranks, each, micro_steps):
     return steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "each", "micro_steps"), [(4, 1, 4), (2, 2, 4)])
 def test_the_bubble_is_as_simulated(pool, ranks, each, micro_steps):
     """Within 3 points of the quickest step, of stages that take as long as they slept."""
@@ -309,6 +310,7 @@ def trained(rank, file):
     return [line for line in read_metrics(config.run) if "loss" in line]
 
 
+@pytest.mark.slow
 def test_what_is_written_trains(run, pool, tmp_path):
     """The best plan as a config, for the ranks it is planned for; it is not written over."""
     text = tmp_path / "text.txt"

@@ -107,9 +107,9 @@ def saved(rank, config):
 CASES = {
     "one device": (1, "{}", []),
     "one device bf16": (1, "{}", ["precision=bf16"]),
-    "kernels bf16": (1, "{}", ["kernels=triton", "precision=bf16"]),
+    "kernels bf16": (1, "{}", ["kernels=triton", "precision=bf16", "data.context=128"]),
     "tp": (2, "{cp: 1, tp: 2}", []),
-    "sequence_parallel kernels bf16": (2, "{cp: 1, tp: 2, sequence_parallel: true}", ["kernels=triton", "precision=bf16"]),
+    "sequence_parallel bf16": (2, "{cp: 1, tp: 2, sequence_parallel: true}", ["precision=bf16"]),
     "cp ring": (2, "{cp: 2, strategy: sliced, attention: ring}", []),
     "cp ulysses": (2, "{cp: 2, strategy: ring, attention: ulysses}", []),
     "cp allgather zigzag": (2, "{cp: 2, strategy: doubling, attention: allgather, layout: zigzag}", []),
@@ -120,7 +120,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if "kernels" in case else ()) for case in CASES])
 def test_layers_keep_what_is_planned(pool, case):
     """Within 2% for each layer: what is smaller than a number a token is not counted."""
     world, parallel, overrides = CASES[case]

@@ -13,8 +13,9 @@ from baton.configs.loading import load_config
 from baton.launcher.planner.estimate import Estimator
 from baton.launcher.planner.machine import MEMORY, Measured, build_machine
 from baton.models import hybrid, recompute
-from baton.models.flops import HEAD, Work
-from baton.models.memory import EMBEDDING, kept, parameter_shapes, part_keeps, units
+from baton.models.flops import FLOPS, HEAD, Work
+from baton.models.memory import EMBEDDING, KEEPS, kept, parameter_shapes, part_keeps, units
+from baton.models.traffic import SENDS
 from baton.models.workload import SIZES, Workload
 from baton.parallel.gradients import local_part
 from helpers import tiny_config
@@ -131,6 +132,11 @@ def test_layers_keep_what_is_planned(pool, case):
             planned = kept(kinds, w, config.parallel.recompute)
             assert sum(sum(terms.values()) for terms in planned.values()) == pytest.approx(found[f"layers.{number}"], rel=0.02)
         assert sum(part_keeps(HEAD, w).values()) == pytest.approx(found["head"], rel=0.02)
+
+
+def test_every_kind_of_part_is_counted():
+    for counted in (FLOPS, KEEPS, SENDS):
+        assert hybrid.BUILDERS.keys() <= counted.keys()
 
 
 def parameters_here(rank, config):

@@ -76,8 +76,12 @@ def _write(asked: Asked, config: Config, machine: Machine, found: Found) -> None
     if asked.write is not None:
         made_for = f"# The mesh is planned by `baton plan` for {machine.gpus} {machine.name}.\n"
         _save(asked.write, made_for + found.best[0].config.to_yaml())
-        train = f"baton train {shlex.quote(str(asked.write))} --nproc {machine.gpus}"
-        console.print(f"Wrote {asked.write}; on one machine: {train}", soft_wrap=True, markup=False)
+        train = f"baton train {shlex.quote(str(asked.write))}"
+        if machine.nodes == 1:
+            train += f" --nproc {machine.gpus}"
+        else:
+            train = f"torchrun --nnodes {machine.nodes} --nproc-per-node {machine.per_node} ... --no-python {train}"
+        console.print(f"Wrote {asked.write}: {train}", soft_wrap=True, markup=False)
     if asked.draw is not None:
         from .picture import draw
 

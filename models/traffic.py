@@ -19,6 +19,8 @@ ATTENTION = {"ulysses": "all_to_all", "usp": "all_to_all", "ring": "ring", "allg
 """The kind of message of each way that attention works over cp."""
 EXCHANGE = {"ring": "ring", "doubling": "ring", "allgather": "all_gather", "sliced": "all_to_all"}
 """And of each way that boundary states pass."""
+KEYS_AND_VALUES = "keys and values"
+"""Of messages that attention computes beside."""
 
 
 class Message(NamedTuple):
@@ -144,7 +146,7 @@ def _attention(w: Workload, cp_rank: int) -> Messages:
     for backward in (False, True):
         sizes = w.b, w.tokens // w.b, w.heads, w.kv_heads, w.model.attention.head_dim, w.size
         rounds, sent = attention_traffic(w.parallel.attention, w.layout, *sizes, backward=backward)  # type: ignore[arg-type]
-        ways.append([Message("cp", ATTENTION[w.parallel.attention], sent, "keys and values", rounds)])
+        ways.append([Message("cp", ATTENTION[w.parallel.attention], sent, KEYS_AND_VALUES, rounds)])
     return _mixer(w, "attention", *ways)
 
 

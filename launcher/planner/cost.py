@@ -6,16 +6,16 @@ from typing import NamedTuple
 from ...kernels.cross_entropy.op import chunk_size
 from ...models.flops import FLOPS, HEAD, TRAINING, Work
 from ...models.memory import EMBEDDING, Unit
-from ...models.traffic import Message, part_sends, state_sizes, unit_copies, unit_gathers, unit_scatters
+from ...models.traffic import KEYS_AND_VALUES, Message, part_sends, state_sizes, unit_copies, unit_gathers, unit_scatters
 from ...models.workload import Workload
-from ...parallel.attention import attention_seconds
+from ...parallel.attention import BACKWARD_PRODUCTS, attention_seconds
 from ...parallel.links import Link, seconds
 from .machine import MEMORY, Machine
 
 Times = dict[str, float]
 """Seconds by cause: a kind of part for what it computes, an axis for what is waited for."""
 
-FORWARD = {Work.MATMUL: 1 / 3, Work.EXPERTS: 1 / 3, Work.ATTENTION: 1 / 3.5, Work.SCAN: 1 / 4, Work.CONV: 1 / 3}
+FORWARD = dict.fromkeys(Work, 1 / TRAINING) | {Work.ATTENTION: 1 / (1 + BACKWARD_PRODUCTS), Work.SCAN: 1 / 4}
 """Of the time of a forward with its backward, the forward's part: attention's and the scan's backward compute some of it again."""
 
 
@@ -115,7 +115,7 @@ def _waiting(kind: str, w: Workload, machine: Machine, messages: list[Message], 
     """By axis, what messages take beyond what is computed meanwhile. Attention's are in its own time."""
     times: Times = {}
     for message in messages:
-        if message.of != "keys and values":
+        if message.of != KEYS_AND_VALUES:
             add(times, {"cp" if message.axis == "states" else message.axis: _message_seconds(message, w, machine)})
     hidden = _hidden_behind(kind, w, machine) * (2 if backward else 1)
     for axis, window in (("cp", hidden if kind == "mamba2" else 0.0), ("ep", hidden if kind == "moe" else 0.0)):

@@ -34,7 +34,7 @@ class Estimate(NamedTuple):
 
     config: Config
     memory: list[Terms]
-    """Bytes of a rank of each stage of the pipeline's ranks, by what they are of."""
+    """Bytes of a rank at each place of the pipeline, by what they are of."""
     seconds: float
     """Of a step."""
     times: Times
@@ -114,12 +114,10 @@ class Estimator:
 
     def keeps(self, part: Part, w: Workload) -> dict[str, Terms]:
         """What a part keeps of a micro-step, by kind."""
-        parallel = w.parallel
-        p = parallel
+        p = w.parallel
         key = part, w.b, w.cp, p.tp, p.sequence_parallel, p.attention, p.layout, p.recompute
         if key not in self._kept:
-            whole = {part: part_keeps(part, w)} if isinstance(part, str) else kept(part, w, parallel.recompute)
-            self._kept[key] = whole
+            self._kept[key] = {part: part_keeps(part, w)} if isinstance(part, str) else kept(part, w, p.recompute)
         return self._kept[key]
 
     def cost(self, kind: str, w: Workload) -> PartCost:
@@ -140,7 +138,7 @@ class Estimator:
         return self._unit_costs[key]
 
     def memory(self, config: Config) -> list[Terms]:
-        """Bytes of a rank of each rank of the pipeline."""
+        """Bytes of a rank at each place of the pipeline, by what they are of."""
         w = self.workload(config)
         same: dict[tuple, Terms] = {}
         by_parts: dict[Stage, Terms] = {}

@@ -203,16 +203,16 @@ def build_machine(gpu: str, gpus: int, precision: str, nodes: int | None, link: 
         entry = (known.node_links | known.links)[name]
         return Link(entry.latency, entry.bandwidth * attained)
 
-    between = nominal(link)
-    inside = own.link if own is not None and own.link is not None else nominal(known.gpus[gpu].link if gpu != CPU else link)
-    measured = own is not None and own.link is not None
-    linked = f"{'measured' if measured else known.gpus[gpu].link if gpu != 'cpu' else link} on a node, {link} between"
+    own_link = own.link if own is not None else None
+    node_link = known.gpus[gpu].link if gpu != CPU else link
+    inside, between = own_link or nominal(node_link), nominal(link)
+    linked = f"{'measured' if own_link else node_link} on a node, {link} between"
     linked += f" (of vendors' numbers {attained:.0%} are assumed)"
     if gpu == CPU:
         assert own is not None
         return Machine(gpu, gpus, per_node, own.memory * GiB / per_node, None, own.rates, inside, between, True, linked)
-    facts_of = known.gpus[gpu]
-    peak = facts_of.flops[precision]
-    assumed = {str(work): known.assumed[work] * peak for work in Work} | {MEMORY: known.assumed[MEMORY] * facts_of.bandwidth}
-    rates_of = assumed | (own.rates if own is not None else {})
-    return Machine(gpu, gpus, per_node, facts_of.memory * GiB, peak, rates_of, inside, between, own is not None, linked)
+    has = known.gpus[gpu]
+    peak = has.flops[precision]
+    assumed = {str(work): known.assumed[work] * peak for work in Work} | {MEMORY: known.assumed[MEMORY] * has.bandwidth}
+    attains = own.rates if own is not None else assumed
+    return Machine(gpu, gpus, per_node, has.memory * GiB, peak, attains, inside, between, own is not None, linked)

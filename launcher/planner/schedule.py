@@ -17,7 +17,7 @@ class Action(NamedTuple):
 def actions(rank: int, ranks: int, stages_per_rank: int, micro_steps: int) -> list[Action]:
     """Those of a rank, in order: 1F1B (Narayanan et al., arXiv 2104.04473) with one stage a rank, else interleaved.
 
-    As torch's Schedule1F1B and ScheduleInterleaved1F1B order them (`tests/launcher/test_planner.py` compares).
+    As torch's Schedule1F1B and ScheduleInterleaved1F1B run them (`tests/launcher/test_planner.py` compares).
     """
     if stages_per_rank == 1:
         warm_up = min(micro_steps, ranks - rank)

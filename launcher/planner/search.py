@@ -1,12 +1,14 @@
 """Which meshes there are for so many GPUs, and the best of them."""
 
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, get_args
 
 from ...configs.errors import KeyedError
 from ...configs.schema import Config, ParallelConfig
 from ...models.memory import Terms
+from ...parallel.attention import Strategy
+from ...parallel.links import STRATEGIES
 from .cost import part_cost
 from .estimate import Estimate, Estimator
 from .machine import Machine
@@ -22,8 +24,6 @@ MODES = [
     [(3, "layer")],
 ]
 """Keys zero and recompute, the fastest first: of the first lot in which something fits, the fastest."""
-EXCHANGES = ["ring", "allgather", "doubling", "sliced"]
-ATTENTIONS = ["ulysses", "ring", "usp", "allgather"]
 ENOUGH_TOKENS = 65536
 """Of a micro-step on a rank: beyond, more than one sequence does not make a GPU any faster. Assumed."""
 
@@ -132,8 +132,8 @@ def _allowed(config: Config) -> bool:
     return True
 
 
-def _choices(fixed: dict[str, Any], key: str, choices: list[Any]) -> list[Any]:
-    return [fixed[key]] if key in fixed else choices
+def _choices(fixed: dict[str, Any], key: str, choices: Iterable[Any]) -> list[Any]:
+    return [fixed[key]] if key in fixed else [*choices]
 
 
 def divisors(number: int) -> list[int]:
@@ -168,7 +168,7 @@ def _options(config: Config, machine: Machine, degrees: dict[str, int], fixed: d
     """What else there is to choose of a mesh, but for MODES and strategies."""
     tp, tokens = degrees["tp"], degrees["dp"] * degrees["cp"]
     experts = any(layer.feed_forward == "moe" for layer in config.model.layers)
-    shared_out = _choices(fixed, "sequence_parallel", [tp > 1 and config.data.context % (tp * degrees["cp"]) == 0])
+    shared_out = fixed.get("sequence_parallel", tp > 1 and config.data.context % (tp * degrees["cp"]) == 0)
     node = max(1, machine.per_node // tp)
     copies = sorted({1, degrees["dp"], tokens // math.gcd(tokens, node)} & set(divisors(degrees["dp"])))
     for replicate in _choices(fixed, "replicate", copies):
@@ -177,7 +177,7 @@ def _options(config: Config, machine: Machine, degrees: dict[str, int], fixed: d
                 schedule = "interleaved_1f1b" if each > 1 else "1f1b"
                 if fixed.get("schedule", schedule) == schedule:
                     pipeline = {"stages_per_rank": each, "schedule": schedule}
-                    yield {"ep": ep, "replicate": replicate, "sequence_parallel": shared_out[0], **pipeline}
+                    yield {"ep": ep, "replicate": replicate, "sequence_parallel": shared_out, **pipeline}
 
 
 def _stages_per_rank(config: Config, pp: int) -> list[int]:
@@ -203,7 +203,7 @@ def _of_layout(
     """Seconds of all mixers, and the fastest strategies."""
     kinds = [layer.mixer for layer in config.model.layers]
     total, chosen = 0.0, {"layout": layout, "strategy": "sliced", "attention": "ring"}
-    for kind, key, names in (("mamba2", "strategy", EXCHANGES), ("attention", "attention", ATTENTIONS)):
+    for kind, key, names in (("mamba2", "strategy", STRATEGIES), ("attention", "attention", get_args(Strategy))):
         times = {}
         for name in _choices(fixed, key, names) if kind in kinds else []:
             tried = _with(config, chosen | {key: name}, config.batch.micro_steps)

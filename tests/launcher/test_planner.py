@@ -177,9 +177,12 @@ def sleeping_pipeline(rank, ranks, each, micro_steps):
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "each", "micro_steps"), [(4, 1, 4), (2, 2, 4)])
 def test_the_bubble_is_as_simulated(pool, ranks, each, micro_steps):
-    """Within 3 points of the quickest step, of stages that take as long as they slept."""
+    """In the planned order, and within 3 points of the quickest step, of stages that take as long as they slept."""
     by_rank = pool.run(ranks, sleeping_pipeline, ranks, each, micro_steps)
     quickest = min(zip(*by_rank, strict=True), key=lambda step: step[0][0])
+    for rank, (_, sleeps) in enumerate(quickest):
+        planned_order = [action.backward for action in actions(rank, ranks, each, micro_steps)]
+        assert [asked == BACKWARD for asked, _ in sleeps] == planned_order
     slept = [sleep for _, sleeps in quickest for sleep in sleeps]
     means = [sum(taken for asked, taken in slept if asked == way) / len(slept) * 2 for way in (FORWARD, BACKWARD)]
     planned = simulate(ranks, each, micro_steps, [means[0]] * ranks * each, [means[1]] * ranks * each)

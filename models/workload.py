@@ -1,13 +1,10 @@
 """What a rank has of one micro-step: the sizes that memory, traffic and time are counted from."""
 
-import math
 from typing import NamedTuple
 
 from ..configs.schema import ModelConfig, ParallelConfig
+from ..parallel.attention import ulysses_degree
 from ..parallel.layout import Layout
-
-SIZES = {"fp32": 4, "bf16": 2, "fp64": 8}
-"""Bytes of an activation's number, by the config's precision."""
 
 
 class Workload(NamedTuple):
@@ -89,8 +86,8 @@ class Workload(NamedTuple):
     @property
     def ulysses(self) -> int:
         """Ranks that exchange heads for tokens."""
-        strategy = self.parallel.attention if self.cp > 1 else "ring"
-        return {"ulysses": self.cp, "usp": math.gcd(self.heads, self.cp)}.get(strategy, 1)
+        strategy = self.parallel.attention
+        return ulysses_degree(strategy, self.cp, self.heads) if self.cp > 1 else 1  # type: ignore[arg-type]
 
     @property
     def rows(self) -> int:

@@ -52,7 +52,9 @@ def calibrate(path: Path, precision: Precision, command: Sequence[str]) -> bool:
     each, unless this process is one of them or there is one GPU. Returns whether this process goes on to plan.
     """
     known = read_rates(path) if path.exists() else []
-    write_rates(path, known)
+    if not under_torchrun():
+        # Whether the file can be written is known before anything is measured.
+        write_rates(path, known)
     ranks = torch.cuda.device_count() or 2
     if under_torchrun() or ranks == 1:
         with process_group() as environment:

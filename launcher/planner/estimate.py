@@ -9,8 +9,9 @@ from ...configs.schema import Config, ParallelConfig
 from ...kernels.cross_entropy.op import CHUNK_BYTES
 from ...models.flops import HEAD, TRAINING, model_flops, stage_layers
 from ...models.memory import EMBEDDING, Terms, Unit, kept, parameter_shapes, part_keeps, units
+from ...models.parallelize import COMPUTE_DTYPES
 from ...models.traffic import Message, boundary_sends, layer_sends, part_sends, unit_copies, unit_gathers, unit_scatters
-from ...models.workload import SIZES, Workload
+from ...models.workload import Workload
 from .cost import PartCost, Times, UnitCost, add, axis_link, part_cost, units_cost
 from .machine import CPU, MEMORY, GiB, Machine
 from .schedule import gathers, in_flight, simulate
@@ -72,7 +73,7 @@ class Estimator:
         batch, parallel = config.batch, config.parallel
         assert parallel.dp != "auto"
         b = batch.sequences // batch.micro_steps // parallel.dp
-        return Workload(config.model, parallel, b, config.data.context, SIZES[config.precision], self.fused)
+        return Workload(config.model, parallel, b, config.data.context, COMPUTE_DTYPES[config.precision].itemsize, self.fused)
 
     def stages(self, stages: int) -> list[Stage]:
         """What each stage is made of."""

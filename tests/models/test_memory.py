@@ -15,8 +15,9 @@ from baton.launcher.planner.machine import MEMORY, Measured, build_machine
 from baton.models import hybrid, recompute
 from baton.models.flops import FLOPS, HEAD, Work
 from baton.models.memory import EMBEDDING, KEEPS, kept, parameter_shapes, part_keeps, units
+from baton.models.parallelize import COMPUTE_DTYPES
 from baton.models.traffic import SENDS
-from baton.models.workload import SIZES, Workload
+from baton.models.workload import Workload
 from baton.parallel.gradients import local_part
 from helpers import tiny_config
 
@@ -44,7 +45,7 @@ def workload(config, strategies=("sliced", "ring")):
     parallel = config.parallel.model_copy(update={"strategy": exchange, "attention": attention})
     b = config.batch.sequences // config.batch.micro_steps // parallel.dp
     fused = config.kernels == "triton"
-    return Workload(config.model, parallel, b, config.data.context, SIZES[config.precision], fused)
+    return Workload(config.model, parallel, b, config.data.context, COMPUTE_DTYPES[config.precision].itemsize, fused)
 
 
 def in_balance(moe):

@@ -40,8 +40,10 @@ def check_tensor_degree(model: "ModelConfig", tp: int) -> None:
     sizes = {"model.vocab_size": model.vocab_size}
     shared = {}
     if "mamba2" in mixers:
-        sizes["the Mamba-2 heads"] = model.inner // model.mamba2.head_dim
+        sizes["the Mamba-2 heads"] = model.mamba2_heads
         shared["model.mamba2.groups"] = model.mamba2.groups
+    if "mamba" in mixers:
+        sizes["the Mamba channels"] = model.mamba_inner
     if "attention" in mixers:
         sizes["model.attention.heads"] = model.attention.heads
         shared["model.attention.kv_heads"] = model.attention.kv_heads
@@ -67,12 +69,13 @@ def check_tensor_degree(model: "ModelConfig", tp: int) -> None:
 
 def check_context(model: "ModelConfig", parallel: "ParallelConfig", context: int) -> None:
     """Raises KeyedError where the sequence does not cut into equal segments, each at least as long as the convs' reach."""
-    segments, reach = parallel.segments, model.mamba2.conv_width - 1
-    recurrent = any(layer.mixer == "mamba2" for layer in model.layers)
-    chunks = math.ceil(context / model.mamba2.chunk_size) if recurrent else context
+    mixers = {layer.mixer for layer in model.layers}
+    widths = {"mamba2": model.mamba2.conv_width, "mamba": model.mamba.conv_width}
+    segments, reach = parallel.segments, max((width - 1 for mixer, width in widths.items() if mixer in mixers), default=0)
+    chunks = math.ceil(context / model.mamba2.chunk_size) if "mamba2" in mixers else context
 
     def fitting() -> str:
-        return _fitting_cp(parallel, context, reach if recurrent else 1, chunks)
+        return _fitting_cp(parallel, context, max(reach, 1), chunks)
 
     if context % segments:
         below = context - context % segments or segments
@@ -81,7 +84,7 @@ def check_context(model: "ModelConfig", parallel: "ParallelConfig", context: int
             f"is {parallel.cp}, whose {segments} {parallel.layout} segments do not divide data.context ({context}); "
             f"data.context={below} would, or cp of {fitting()}",
         )
-    if recurrent and segments > 1 and context // segments < reach:
+    if segments > 1 and context // segments < reach:
         raise KeyedError(
             "parallel.cp",
             f"is {parallel.cp}: a segment of {context // segments} tokens is shorter than the conv's reach, {reach}; "

@@ -7,8 +7,10 @@ import functools
 import itertools
 from typing import NamedTuple
 
-MIXERS = {"M": "mamba2", "*": "attention"}
+MIXERS = {"M": "mamba2", "m": "mamba", "*": "attention"}
 FEED_FORWARDS = {"-": "mlp", "E": "moe"}
+RECURRENT = ("mamba2", "mamba")
+"""Mixers that hand a state on from token to token."""
 CUT = "|"
 
 

@@ -28,6 +28,7 @@ Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Recompute = Literal["none", "mixer", "feed_forward", "layer"]
+Activation = Literal["swiglu", "relu2"]
 
 
 class Section(BaseModel):
@@ -36,11 +37,26 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class MambaConfig(Section):
+    """The Mamba mixer (`m`)."""
+
+    expand: Count = 2
+    """Inner channels as a multiple of d_model."""
+    state_dim: Count = 16
+    conv_width: Annotated[int, Field(ge=2)] = 4
+    dt_rank: Count | None = None
+    """Of the matrix that makes steps of channels; null: d_model / 16, rounded up."""
+    norms: bool = True
+    """RMS norms of dt, B and C, as Jamba has them."""
+
+
 class Mamba2Config(Section):
     """The Mamba-2 mixer (`M`)."""
 
     expand: Count = 2
-    """Inner channels as a multiple of d_model."""
+    """Inner channels as a multiple of d_model, where `heads` does not give them."""
+    heads: Count | None = None
+    """null: expand * d_model / head_dim."""
     head_dim: Count = 64
     state_dim: Count = 128
     groups: Count = 1
@@ -48,12 +64,29 @@ class Mamba2Config(Section):
     conv_width: Annotated[int, Field(ge=2)] = 4
     chunk_size: Count = 64
     """Tokens the scan works on together; changes the speed, not the result."""
+    dt_min: Annotated[float, Field(ge=0)] = 0.0
+    """Steps are at least this, after softplus."""
+    dt_max: Positive | None = None
+    """And at most this; null: any."""
+
+    @property
+    def dt_limit(self) -> tuple[float, float]:
+        """Between which steps are."""
+        return self.dt_min, math.inf if self.dt_max is None else self.dt_max
+
+    @model_validator(mode="after")
+    def _limits_fit(self) -> Self:
+        if self.dt_max is not None and self.dt_max <= self.dt_min:
+            raise KeyedError("dt_max", f"is {self.dt_max}, allowed: more than dt_min, {self.dt_min}")
+        return self
 
 
 class RopeConfig(Section):
     """Rotary position embedding."""
 
     theta: Positive = 10000.0
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of a head's dims, the first ones: what is rotated."""
 
 
 class AttentionConfig(Section):
@@ -64,22 +97,43 @@ class AttentionConfig(Section):
     head_dim: Count = 64
     rope: RopeConfig | None = None
     """None: no position information, as Jamba has it."""
+    scale: Positive | None = None
+    """Of scores, before their softmax; null: 1 / sqrt(head_dim)."""
+
+    @property
+    def rotated(self) -> int:
+        """A head's dims that rope rotates."""
+        return 0 if self.rope is None else int(self.head_dim * self.rope.fraction)
 
 
 class MLPConfig(Section):
-    """The SwiGLU feed-forward (`-`)."""
+    """The feed-forward (`-`)."""
 
     hidden: Count = 1024
+    activation: Activation = "swiglu"
+    """swiglu: down(silu(gate x) * up x); relu2: down(relu(up x)^2), without a gate."""
 
 
 class MoEConfig(Section):
-    """The mixture of SwiGLU experts (`E`), softmax then top-k without renormalising, as Jamba has it."""
+    """The mixture of experts (`E`): as Jamba has it, softmax then top-k without renormalising, unless keys say otherwise."""
 
     experts: Count = 8
     top_k: Count = 2
     hidden: Count = 1024
     shared_hidden: Annotated[int, Field(ge=0, strict=True)] = 0
     """Hidden units of one more expert that every token passes; 0: none."""
+    activation: Activation = "swiglu"
+    """Of the experts, as model.mlp's."""
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes an expert's probability of its logit: all of them, or its own alone."""
+    renormalize: bool = False
+    """Whether the probabilities of a token's experts are divided by their sum."""
+    scale: Positive = 1.0
+    """Of the weights that come of it."""
+    groups: Count = 1
+    """Groups of experts, as many in each."""
+    top_groups: Count = 1
+    """Groups that a token's experts are of: those whose two best are the best together."""
     aux_loss: Annotated[float, Field(ge=0)] = 0.001
     """Weight of the load-balancing loss, per micro-step."""
     balance: Literal["layer", "pooled"] = "layer"
@@ -87,7 +141,9 @@ class MoEConfig(Section):
     z_loss: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the mean square of the router's log-sum-exp, per layer and micro-step."""
     bias_rate: Annotated[float, Field(ge=0)] = 0.0
-    """How much an expert's bias, which counts for the choice alone, moves towards balance after each step; 0: no bias."""
+    """How much an expert's bias, which counts for the choice alone, moves towards balance after each step."""
+    choice_bias: bool = False
+    """Whether experts have such a bias where bias_rate is 0."""
     capacity: Positive | None = None
     """In training, tokens that an expert takes at most, in units of what balance gives it; the rest pass it by. None: all."""
 
@@ -95,6 +151,13 @@ class MoEConfig(Section):
     def _top_k_fits(self) -> Self:
         if self.top_k > self.experts:
             raise KeyedError("top_k", f"is {self.top_k}, allowed: at most model.moe.experts, {self.experts}")
+        check_divides("groups", self.groups, self.experts, "model.moe.experts")
+        each = self.experts // self.groups
+        if self.groups > 1 and each < 2:
+            raise KeyedError("groups", f"is {self.groups}, allowed: groups of two experts and more")
+        if self.top_groups > self.groups or self.top_k > self.top_groups * each:
+            least = -(-self.top_k // each)
+            raise KeyedError("top_groups", f"is {self.top_groups}, allowed: {least} to {self.groups}")
         return self
 
 
@@ -102,7 +165,7 @@ class ModelConfig(Section):
     """The hybrid model."""
 
     pattern: str
-    """One letter a sub-layer: M mamba2, * attention, - mlp, E moe. `|`: a pipeline stage may end here (see parallel.pp)."""
+    """One letter a sub-layer: M mamba2, m mamba, * attention, - mlp, E moe. `|`: a pipeline may be cut here (parallel.pp)."""
     repeat: Count = 1
     """How many times the pattern follows itself."""
     vocab_size: Count
@@ -112,6 +175,14 @@ class ModelConfig(Section):
     norm_eps: Positive = 1e-5
     initializer_range: Positive = 0.02
     """Standard deviation of the weight matrices at the start."""
+    embedding_scale: Positive = 1.0
+    """What embedded tokens are multiplied by."""
+    residual_scale: Positive = 1.0
+    """What a mixer or a feed-forward gives is multiplied by before it is added."""
+    logits_divisor: Positive = 1.0
+    padding_token: Annotated[int, Field(ge=0, strict=True)] | None = None
+    """Whose embedding is not trained."""
+    mamba: MambaConfig = MambaConfig()
     mamba2: Mamba2Config = Mamba2Config()
     attention: AttentionConfig = AttentionConfig()
     mlp: MLPConfig = MLPConfig()
@@ -130,7 +201,22 @@ class ModelConfig(Section):
     @property
     def inner(self) -> int:
         """Channels inside a Mamba-2 mixer."""
-        return self.mamba2.expand * self.d_model
+        return self.mamba2.expand * self.d_model if self.mamba2.heads is None else self.mamba2.heads * self.mamba2.head_dim
+
+    @property
+    def mamba2_heads(self) -> int:
+        """Heads of a Mamba-2 mixer."""
+        return self.inner // self.mamba2.head_dim
+
+    @property
+    def mamba_inner(self) -> int:
+        """Channels inside a Mamba mixer."""
+        return self.mamba.expand * self.d_model
+
+    @property
+    def dt_rank(self) -> int:
+        """Of a Mamba mixer."""
+        return -(-self.d_model // 16) if self.mamba.dt_rank is None else self.mamba.dt_rank
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -139,10 +225,15 @@ class ModelConfig(Section):
         except ValueError as error:
             raise KeyedError("pattern", str(error)) from None
         check_divides("mamba2.head_dim", self.mamba2.head_dim, self.inner, "expand * d_model")
-        check_divides("mamba2.groups", self.mamba2.groups, self.inner // self.mamba2.head_dim, "the Mamba-2 heads")
+        check_divides("mamba2.groups", self.mamba2.groups, self.mamba2_heads, "the Mamba-2 heads")
         check_divides("attention.kv_heads", self.attention.kv_heads, self.attention.heads, "attention.heads")
-        if self.attention.rope is not None and self.attention.head_dim % 2:
-            raise KeyedError("attention.head_dim", f"is {self.attention.head_dim}, allowed with rope: an even number")
+        if self.attention.rope is not None and self.attention.rotated % 2:
+            part = self.attention.rope.fraction
+            raise KeyedError(
+                "attention.head_dim", f"is {self.attention.head_dim}, allowed with rope: of which {part:g} is an even number"
+            )
+        if self.padding_token is not None and self.padding_token >= self.vocab_size:
+            raise KeyedError("padding_token", f"is {self.padding_token}, allowed: below model.vocab_size, {self.vocab_size}")
         return self
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from enum import StrEnum
 
 from ..configs.pattern import LayerKinds, repeats
-from ..configs.schema import ModelConfig
+from ..configs.schema import Activation, ModelConfig
 from ..parallel.cuts import balanced_cuts, given_cuts
 
 EMBEDDING_FLOPS = 0
@@ -30,6 +30,9 @@ class Work(StrEnum):
     """Products of rows that are grouped by expert."""
     ATTENTION = "attention"
     SCAN = "scan"
+    """Mamba-2's, in products of matrices."""
+    SELECTIVE_SCAN = "selective_scan"
+    """Mamba's, number by number."""
     CONV = "conv"
 
 
@@ -92,7 +95,7 @@ def mamba2_flops(model: ModelConfig, context: int) -> Flops:
     Of each chunk: C Bᵀ once for a group, its product with the inputs, the state that leaves, and what the entering state gives.
     """
     sizes, d, inner = model.mamba2, model.d_model, model.inner
-    heads, shared = inner // sizes.head_dim, 2 * sizes.groups * sizes.state_dim
+    heads, shared = model.mamba2_heads, 2 * sizes.groups * sizes.state_dim
     projections = _product(context, d, 2 * inner + shared + heads) + _product(context, inner, d)
     convolution = _product(context, sizes.conv_width, inner + shared)
     padded = math.ceil(context / sizes.chunk_size) * sizes.chunk_size
@@ -100,6 +103,14 @@ def mamba2_flops(model: ModelConfig, context: int) -> Flops:
     inside = _product(padded, sizes.chunk_size, inner)
     states = 2 * _product(padded, sizes.state_dim, inner)
     return {Work.MATMUL: projections, Work.CONV: convolution, Work.SCAN: scores + inside + states}
+
+
+def mamba_flops(model: ModelConfig, context: int) -> Flops:
+    """Projections, convolution, and the selective scan: of each channel and state dim the input, the decay and the output."""
+    sizes, d, inner, rank = model.mamba, model.d_model, model.mamba_inner, model.dt_rank
+    projections = _product(context, d, 3 * inner) + _product(context, inner, 2 * rank + 2 * sizes.state_dim)
+    scan = 3 * _product(context, sizes.state_dim, inner)
+    return {Work.MATMUL: projections, Work.CONV: _product(context, sizes.conv_width, inner), Work.SELECTIVE_SCAN: scan}
 
 
 def attention_flops(model: ModelConfig, context: int) -> Flops:
@@ -118,19 +129,20 @@ def _attended(model: ModelConfig, pairs: int) -> int:
 
 
 def mlp_flops(model: ModelConfig, context: int) -> Flops:
-    """The three matrices of a SwiGLU."""
-    return {Work.MATMUL: _swiglu(context, model.d_model, model.mlp.hidden)}
+    """The three matrices of a SwiGLU, or two without a gate."""
+    return {Work.MATMUL: _feed(context, model.d_model, model.mlp.hidden, model.mlp.activation)}
 
 
 def moe_flops(model: ModelConfig, context: int) -> Flops:
     """The router, the top_k experts of each token, none of them dropped, and the expert that all tokens share."""
     sizes, d = model.moe, model.d_model
-    everywhere = _product(context, d, sizes.experts) + _swiglu(context, d, sizes.shared_hidden)
-    return {Work.MATMUL: everywhere, Work.EXPERTS: _swiglu(context, d, sizes.top_k * sizes.hidden)}
+    everywhere = _product(context, d, sizes.experts) + _feed(context, d, sizes.shared_hidden, sizes.activation)
+    return {Work.MATMUL: everywhere, Work.EXPERTS: _feed(context, d, sizes.top_k * sizes.hidden, sizes.activation)}
 
 
 FLOPS: dict[str, Callable[[ModelConfig, int], Flops]] = {
     "mamba2": mamba2_flops,
+    "mamba": mamba_flops,
     "attention": attention_flops,
     "mlp": mlp_flops,
     "moe": moe_flops,
@@ -138,8 +150,8 @@ FLOPS: dict[str, Callable[[ModelConfig, int], Flops]] = {
 }
 
 
-def _swiglu(tokens: int, d: int, hidden: int) -> int:
-    return 3 * _product(tokens, d, hidden)
+def _feed(tokens: int, d: int, hidden: int, activation: Activation) -> int:
+    return (3 if activation == "swiglu" else 2) * _product(tokens, d, hidden)
 
 
 def _product(rows: int, inner: int, columns: int) -> int:

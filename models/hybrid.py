@@ -11,6 +11,7 @@ from ..configs.schema import ModelConfig, Recompute
 from ..kernels.documents import Documents
 from .initialization import initialize
 from .mixers.attention import Attention
+from .mixers.mamba import Mamba
 from .mixers.mamba2 import Mamba2
 from .mlp import MLP
 from .moe import MoE, auxiliary_loss, auxiliary_size
@@ -20,8 +21,9 @@ from .vocabulary import Embedding, Projection
 
 BUILDERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "mamba2": Mamba2,
+    "mamba": Mamba,
     "attention": Attention,
-    "mlp": lambda config: MLP(config.d_model, config.mlp.hidden),
+    "mlp": lambda config: MLP(config.d_model, config.mlp.hidden, config.mlp.activation),
     "moe": MoE,
 }
 
@@ -46,11 +48,11 @@ class Losses(NamedTuple):
 
 
 class Layer(nn.Module):
-    """norm -> mixer -> residual, norm -> feed-forward -> residual."""
+    """norm -> mixer -> residual, norm -> feed-forward -> residual, where what is added may be scaled."""
 
     def __init__(self, config: ModelConfig, kinds: LayerKinds) -> None:
         super().__init__()
-        self.kinds = kinds
+        self.kinds, self.scale = kinds, config.residual_scale
         self.mixer_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = BUILDERS[kinds.mixer](config)
         if kinds.feed_forward is not None:
@@ -76,27 +78,32 @@ class Layer(nn.Module):
         return run_again(self._feed, y, x) if self.recompute == "feed_forward" else self._feed(y, x)
 
     def _mix(self, x: Tensor, positions: Tensor | None, documents: Documents | None) -> Tensor:
-        return self.mixer(self.mixer_norm(x), positions, documents)
+        return self._scaled(self.mixer(self.mixer_norm(x), positions, documents))
 
     def _feed(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         normed, x = self.feed_forward_norm(y, x)
         y, auxiliary = self.feed_forward(normed), None
         if self.kinds.feed_forward == "moe":
             y, auxiliary = y
-        return x + y, auxiliary
+        return x + self._scaled(y), auxiliary
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        return y if self.scale == 1.0 else y * self.scale
 
 
 class Head(nn.Module):
-    """Final norm and projection to the vocabulary."""
+    """Final norm and projection to the vocabulary, whose logits may be divided."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.projection = Projection(config.d_model, config.vocab_size)
+        self.divisor = config.logits_divisor
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """As `Projection`."""
-        return self.projection(self.norm(x), labels)
+        x = self.norm(x)
+        return self.projection(x if self.divisor == 1.0 else x / self.divisor, labels)
 
 
 class HybridModel(nn.Module):
@@ -116,7 +123,7 @@ class HybridModel(nn.Module):
         """Whether sequences are packed documents, so that none may come without saying where they lie."""
         self.strategies: Any = None
         """How the sequence's parts meet over ranks, `parallelize.Strategies`, where it is sharded."""
-        self.embedding = Embedding(config.vocab_size, config.d_model) if self.first else None
+        self.embedding = Embedding(config) if self.first else None
         self.layers: dict[str, Layer] = nn.ModuleDict({str(i): Layer(config, kinds[i]) for i in layers})  # type: ignore[assignment]
         self.head = Head(config) if self.last else None
         self.tie()

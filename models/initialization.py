@@ -30,6 +30,12 @@ def uniform_fan_in(tensor: Tensor, generator: torch.Generator) -> None:
     tensor.uniform_(-bound, bound, generator=generator)
 
 
+def inverse_softplus_dt(dt_bias: Tensor, generator: torch.Generator) -> None:
+    """softplus(dt_bias) log-uniform in [1e-3, 0.1], as Mamba begins."""
+    dt = dt_bias.uniform_(math.log(1e-3), math.log(0.1), generator=generator).exp_()
+    dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
 def initialize(model: nn.Module, prefix: str, seed: int, std: float, residual_adds: int, same: dict[str, str]) -> None:
     """Fills every parameter, each drawn in fp32 on the CPU, and every buffer with zeros.
 

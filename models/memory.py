@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ..configs.pattern import LayerKinds
-from ..configs.schema import ModelConfig, ParallelConfig, Recompute
+from ..configs.schema import Activation, ModelConfig, ParallelConfig, Recompute
+from ..kernels.selective_scan import count_maps as count_selective_maps
 from ..kernels.ssd import count_maps
 from .flops import HEAD
 from .hybrid import Head, Layer
@@ -51,7 +52,7 @@ def _on_meta(model: ModelConfig, part: LayerKinds | str) -> nn.Module:
     with torch.device("meta"):
         if isinstance(part, LayerKinds):
             return Layer(model, part)
-        return Embedding(model.vocab_size, model.d_model) if part == EMBEDDING else Head(model)
+        return Embedding(model) if part == EMBEDDING else Head(model)
 
 
 def _shapes(part: nn.Module) -> Iterator[ParameterShape]:
@@ -170,6 +171,18 @@ def _mamba2(w: Workload) -> Terms:
     return terms | gate | {"gated norm's statistics": t * w.groups * w.wide, "gated norm": t * w.inner * w.size}
 
 
+def _mamba(w: Workload) -> Terms:
+    t, sizes, inner, rank = w.tokens, w.model.mamba, w.mamba_inner, w.model.dt_rank
+    maps = w.b * count_selective_maps(w.b, t // w.b, inner, w.layout.segments_per_rank, w.fused)
+    each, dtbc = t * inner * w.size, t * (rank + 2 * sizes.state_dim) * w.size
+    terms = _norm(w) | _normed(w) | {"x before the conv" if w.fused else "x in the conv": each if w.fused else 2 * each}
+    terms |= {"x": each, "dt": each, "dt, B and C": dtbc}
+    terms["entering states"] = maps * inner * (sizes.state_dim + 1) * w.wide
+    if sizes.norms:
+        terms["norms of dt, B and C"] = (1 if w.fused else 2) * dtbc + 3 * t * w.wide
+    return terms | _gated(w, each)
+
+
 def _attention(w: Workload) -> Terms:
     t, e = w.tokens, w.model.attention.head_dim
     queries, held = t * w.heads * e * w.size, w.kv_heads
@@ -184,10 +197,14 @@ def _attention(w: Workload) -> Terms:
 
 def _mlp(w: Workload) -> Terms:
     each = w.tokens * (w.model.mlp.hidden // w.parallel.tp) * w.size
-    return _norm(w) | _normed(w) | _hidden(w, each)
+    return _norm(w) | _normed(w) | _hidden(w, w.model.mlp.activation, each)
 
 
-def _hidden(w: Workload, each: int) -> Terms:
+def _hidden(w: Workload, activation: Activation, each: int) -> Terms:
+    return _gated(w, each) if activation == "swiglu" else {"relu": each, "hidden units": each}
+
+
+def _gated(w: Workload, each: int) -> Terms:
     terms = {"gate and up": 2 * each, "hidden units": each}
     return terms if w.fused else terms | {"silu of the gate": each}
 
@@ -202,11 +219,11 @@ def _moe(w: Workload) -> Terms:
         terms["shared expert's input"] = t * d * w.size
     each = w.rows * hidden * w.size
     terms |= {"rows' numbers": 2 * w.rows * INDEX, "rows": w.rows * d * w.size, "rows' weights": w.rows * w.size}
-    terms |= _hidden(w, each)
-    if not w.fused:
+    terms |= _hidden(w, sizes.activation, each)
+    if not w.fused or sizes.activation != "swiglu":
         terms["hidden units"] += each
     if sizes.shared_hidden:
-        shared = _hidden(w, t * (sizes.shared_hidden // w.parallel.tp) * w.size)
+        shared = _hidden(w, sizes.activation, t * (sizes.shared_hidden // w.parallel.tp) * w.size)
         terms["shared expert's hidden units"] = sum(shared.values())
     return terms
 
@@ -222,6 +239,7 @@ def _head(w: Workload) -> Terms:
 
 KEEPS: dict[str, Callable[[Workload], Terms]] = {
     "mamba2": _mamba2,
+    "mamba": _mamba,
     "attention": _attention,
     "mlp": _mlp,
     "moe": _moe,

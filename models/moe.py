@@ -1,7 +1,7 @@
 """The mixture of experts as Jamba has it: softmax over all experts, the top k without renormalising, no token dropped.
 
-Options beyond Jamba's: an expert that every token passes, a limit on an expert's tokens, a loss on the router's logits, and biases
-that balance the experts without a loss.
+Options beyond Jamba's: an expert that every token passes, a limit on an expert's tokens, a loss on the router's logits, biases
+that balance the experts without a loss; DeepSeek-V3's routing, by sigmoids and in groups; weights that are normalised and scaled.
 """
 
 import math
@@ -17,9 +17,12 @@ from ..kernels.moe import Routing, grouped_linear, permute, route, unpermute
 from ..kernels.swiglu import swiglu
 from ..parallel.experts import ExpertCapacity, ExpertExchange
 from ..parallel.layout import Layout
-from .mlp import MLP
+from .mlp import MLP, relu2
 from .recompute import recomputing
 from .sharding import Sharding, SplitExperts
+
+TINY = 1e-20
+"""Added to sums that are divided by: sigmoids may all be 0."""
 
 
 class MoE(nn.Module):
@@ -34,9 +37,10 @@ class MoE(nn.Module):
         super().__init__()
         sizes = self.sizes = config.moe
         self.router = Router(config.d_model, sizes.experts)
+        biased = sizes.choice_bias or sizes.bias_rate > 0
         self.experts = Experts(config.d_model, sizes)
         self.register_buffer("load", torch.zeros(sizes.experts), persistent=False)
-        self.register_buffer("bias", torch.zeros(sizes.experts) if sizes.bias_rate else None)
+        self.register_buffer("bias", torch.zeros(sizes.experts) if biased else None)
         self.sum_over_tokens: Callable[[Tensor], Tensor] | None = None
         """Adds statistics of tokens up over the ranks that hold others; each rank's gradient is that of its own tokens."""
         self.choose: Callable[[Tensor], Tensor] = self.choose_experts
@@ -45,16 +49,34 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [b, l, d] -> y [b, l, d], and the layer's part of the auxiliary loss, as `auxiliary_loss` takes it."""
         logits = self.router(x)
-        probabilities = logits.softmax(-1)
+        sigmoid = self.sizes.scores == "sigmoid"
+        probabilities = logits.sigmoid() if sigmoid else logits.softmax(-1)
         chosen = self.choose(probabilities)
-        weights = probabilities.gather(-1, chosen)
+        weights = self.weigh(probabilities.gather(-1, chosen))
+        if sigmoid:
+            # Only now: what balances experts takes shares of one, as softmax gives (DeepSeek-V3, arXiv 2412.19437, equation 18).
+            probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         y = self.experts(x, weights.to(x.dtype), chosen)
         return y, self._auxiliary(logits.flatten(0, 1), probabilities.flatten(0, 1), chosen.flatten(0, 1))
 
     def choose_experts(self, probabilities: Tensor) -> Tensor:
-        """Probabilities [b, l, E] -> the experts [b, l, k] of each token, int64."""
+        """Probabilities [b, l, E] -> the experts [b, l, k] of each token, int64.
+
+        Of groups only the best are chosen from, by their two best experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+        """
         scores = probabilities if self.bias is None else probabilities + self.bias
+        if self.sizes.groups > 1:
+            grouped = scores.unflatten(-1, (self.sizes.groups, -1))
+            best = grouped.topk(2, -1).values.sum(-1).topk(self.sizes.top_groups, -1).indices
+            among = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, True)
+            scores = grouped.masked_fill(~among[..., None], float("-inf")).flatten(-2)
         return scores.topk(self.sizes.top_k, -1).indices
+
+    def weigh(self, probabilities: Tensor) -> Tensor:
+        """Of a token's experts, [b, l, k] -> the weights of what they give."""
+        if self.sizes.renormalize:
+            probabilities = probabilities / (probabilities.sum(-1, keepdim=True) + TINY)
+        return probabilities if self.sizes.scale == 1.0 else probabilities * self.sizes.scale
 
     @torch.no_grad()
     def rebalance(self) -> None:
@@ -62,7 +84,7 @@ class MoE(nn.Module):
 
         DeepSeek-V3's balance without a loss (arXiv 2408.15664): bias += bias_rate * sign(mean load - load).
         """
-        if self.bias is not None:
+        if self.bias is not None and self.sizes.bias_rate:
             self.bias += self.sizes.bias_rate * (self.load.mean() - self.load).sign()
         self.load.zero_()
 
@@ -120,18 +142,16 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """Tokens to the experts that they chose and back, and the expert that every token passes."""
 
-    sharding: ClassVar[Sharding] = {
-        "stacked.gate_proj": SplitExperts(1),
-        "stacked.up_proj": SplitExperts(1),
-        "stacked.down_proj": SplitExperts(2),
-    }
     token_args: ClassVar[int] = 3
 
     def __init__(self, d: int, sizes: MoEConfig) -> None:
         super().__init__()
         self.count, self.capacity = sizes.experts, sizes.capacity
-        self.stacked = StackedExperts(sizes.experts, d, sizes.hidden)
-        self.shared = MLP(d, sizes.shared_hidden) if sizes.shared_hidden else None
+        self.sharding: Sharding = {"stacked.up_proj": SplitExperts(1), "stacked.down_proj": SplitExperts(2)}
+        if sizes.activation == "swiglu":
+            self.sharding["stacked.gate_proj"] = SplitExperts(1)
+        self.stacked = StackedExperts(d, sizes)
+        self.shared = MLP(d, sizes.shared_hidden, sizes.activation) if sizes.shared_hidden else None
         self.exchange: ExpertExchange | None = None
         """Where the experts are spread over ranks."""
         self.token_ranks = 1
@@ -182,15 +202,19 @@ class Experts(nn.Module):
 
 
 class StackedExperts(nn.Module):
-    """SwiGLU experts as stacked weights [E, out, in]."""
+    """Experts as stacked weights [E, out, in]."""
 
-    def __init__(self, experts: int, d: int, hidden: int) -> None:
+    def __init__(self, d: int, sizes: MoEConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Parameter(torch.empty(experts, hidden, d))
+        experts, hidden = sizes.experts, sizes.hidden
+        self.gated = sizes.activation == "swiglu"
+        if self.gated:
+            self.gate_proj = nn.Parameter(torch.empty(experts, hidden, d))
         self.up_proj = nn.Parameter(torch.empty(experts, hidden, d))
         self.down_proj = nn.Parameter(torch.empty(experts, d, hidden))
 
     def forward(self, rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         """Rows [r, d] sorted by expert, their weights [r] and each expert's number of rows [E] -> [r, d]."""
-        gate, up = (grouped_linear(rows, weight, counts) for weight in (self.gate_proj, self.up_proj))
-        return grouped_linear(swiglu(gate, up, weights), self.down_proj, counts)
+        up = grouped_linear(rows, self.up_proj, counts)
+        y = swiglu(grouped_linear(rows, self.gate_proj, counts), up, weights) if self.gated else relu2(up, weights)
+        return grouped_linear(y, self.down_proj, counts)

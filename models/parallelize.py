@@ -24,11 +24,14 @@ from ..parallel.mesh import Mesh
 from ..parallel.vocabulary import VocabularyShards
 from .hybrid import HybridModel, initialize_part
 from .mixers.attention import Attention
-from .mixers.mamba2 import ShortConv, StateSpace
+from .mixers.mamba import Selection, SelectiveStateSpace
+from .mixers.mamba2 import StateSpace
+from .mixers.short_conv import ShortConv
 from .moe import Experts, MoE
 from .norm import GatedGroupRMSNorm
 from .sharding import Split, SplitExperts, SplitGroups
 from .vocabulary import Embedding, Projection
+from .workload import largest_state
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 """Of the parameters, by the config's precision."""
@@ -81,7 +84,7 @@ def shard_sequence(model: HybridModel, config: Config, mesh: Mesh) -> None:
         if not getattr(layer.mixer, "sequence_sharded", False):
             raise ValueError(f"mixer {layer.kinds.mixer} has no sharded version: parallel.cp must be 1")
     transport = torch.bfloat16 if config.parallel.transport == "bf16" else None
-    for module in _of(model, StateSpace):
+    for module in _of(model, (StateSpace, SelectiveStateSpace)):
         module.scan = SequenceScan(layout, mesh.states, strategies.exchange, transport)
     for module in _of(model, ShortConv):
         module.halo = SequenceHalo(layout, group)
@@ -125,10 +128,9 @@ def choose_strategies(config: Config, mesh: Mesh, device: torch.device) -> Strat
     b = max(1, config.batch.sequences // config.batch.micro_steps // mesh.size("dp"))
     exchange, attention = parallel.strategy, parallel.attention
     if exchange == "auto":
-        states = b * model.inner * model.mamba2.state_dim // tp
-        heads = b * model.inner // model.mamba2.head_dim // tp
+        states, decays = (b * numbers // tp for numbers in largest_state(model))
         size = 2 if parallel.transport == "bf16" else 4
-        exchange = choose(layout, states * size, heads * 4, link, size)  # type: ignore[assignment]
+        exchange = choose(layout, states * size, decays * 4, link, size)  # type: ignore[assignment]
     if attention == "auto":
         sizes = model.attention
         heads, kv_heads = sizes.heads // tp, max(1, sizes.kv_heads // tp)
@@ -166,6 +168,8 @@ def shard_tensors(part: nn.Module, mesh: Mesh, sequence_parallel: bool) -> None:
         _wire_region(module, mesh.group("tp"), sequence_parallel)
     for norm in _of(part, GatedGroupRMSNorm):
         _share_norm_groups(norm, mesh)
+    for selection in _of(part, Selection):
+        selection.sum_over_channels = lambda products: all_sum(products, mesh.group("tp"))
     for end in (*_of(part, Embedding), *_of(part, Projection)):
         end.shards = VocabularyShards(mesh.group("tp"), sequence_parallel)
 
@@ -320,5 +324,5 @@ def _share_norm_groups(norm: GatedGroupRMSNorm, mesh: Mesh) -> None:
     norm.sum_over_group = lambda squares: all_sum(squares, sharing)
 
 
-def _of(model: nn.Module, kind: type) -> Iterator[Any]:
+def _of(model: nn.Module, kind: type | tuple[type, ...]) -> Iterator[Any]:
     return (module for module in model.modules() if isinstance(module, kind))

@@ -13,7 +13,7 @@ from ..parallel.halo import halo_messages
 from ..parallel.links import sent_by, traffic
 from .flops import HEAD
 from .memory import EMBEDDING, INDEX, Unit
-from .workload import Workload
+from .workload import Workload, state_numbers
 
 ATTENTION = {"ulysses": "all_to_all", "usp": "all_to_all", "ring": "ring", "allgather": "all_gather"}
 """The kind of message of each way that attention works over cp."""
@@ -121,22 +121,37 @@ def _mamba2(w: Workload, cp_rank: int) -> Messages:
         sums = _all_reduce(axis, tp // sizes.groups, w.tokens * w.wide, "sums of the gated norm")
     if w.cp == 1:
         return _mixer(w, "mamba2", sums, sums)
-    strategy = str(w.parallel.strategy)
-    ways = []
+    halos, exchanges = _passed_on(w, "mamba2", cp_rank, (sizes.conv_width - 1) * (w.inner + w.shared))
+    return _mixer(w, "mamba2", [halos[0], exchanges[0], *sums], [*sums, exchanges[1], halos[1]])
+
+
+def _mamba(w: Workload, cp_rank: int) -> Messages:
+    sizes = w.model.mamba
+    sums = _all_reduce("tp", w.parallel.tp, w.tokens * (w.model.dt_rank + 2 * sizes.state_dim) * w.size, "dt, B and C")
+    if w.cp == 1:
+        return _mixer(w, "mamba", sums, sums)
+    halos, exchanges = _passed_on(w, "mamba", cp_rank, (sizes.conv_width - 1) * w.mamba_inner)
+    return _mixer(w, "mamba", [halos[0], *sums, exchanges[0]], [exchanges[1], *sums, halos[1]])
+
+
+def _passed_on(w: Workload, mixer: str, cp_rank: int, tail: int) -> tuple[list[Message], list[Message]]:
+    """What goes from segment to segment, forward and backward: the last tokens, `tail` numbers of each sequence, and the states."""
+    strategy, states = str(w.parallel.strategy), state_sizes(w, mixer)
+    rounds = len(traffic(strategy, w.layout, *states))
+    halos, exchanges = [], []
     for reverse in (False, True):
-        tail = w.b * (sizes.conv_width - 1) * (w.inner + w.shared) * w.size
-        halo = Message("cp", "ring", halo_messages(w.layout, cp_rank, reverse) * tail, "tokens before a segment")
-        states = state_sizes(w)
+        messages = halo_messages(w.layout, cp_rank, reverse)
+        halos.append(Message("cp", "ring", messages * w.b * tail * w.size, "tokens before a segment"))
         sent = sent_by(cp_rank, strategy, w.layout, *states, reverse=reverse)
-        exchange = Message("states", EXCHANGE[strategy], sent, "boundary states", len(traffic(strategy, w.layout, *states)))
-        ways.append([exchange, halo] if reverse else [halo, exchange])
-    return _mixer(w, "mamba2", [*ways[0], *sums], [*sums, *ways[1]])
+        exchanges.append(Message("states", EXCHANGE[strategy], sent, "boundary states", rounds))
+    return halos, exchanges
 
 
-def state_sizes(w: Workload) -> tuple[int, int, int]:
+def state_sizes(w: Workload, mixer: str) -> tuple[int, int, int]:
     """Of one segment's map: bytes of the states as they travel, and of the decays; bytes of a state's number."""
     each = 2 if w.parallel.transport == "bf16" else w.wide
-    return w.b * w.inner * w.model.mamba2.state_dim * each, w.b * w.mamba_heads * w.wide, each
+    states, decays = (w.b * numbers // w.parallel.tp for numbers in state_numbers(w.model, mixer))
+    return states * each, decays * w.wide, each
 
 
 def _attention(w: Workload, cp_rank: int) -> Messages:
@@ -182,6 +197,7 @@ def _head(w: Workload, cp_rank: int) -> Messages:
 
 SENDS: dict[str, Callable[[Workload, int], Messages]] = {
     "mamba2": _mamba2,
+    "mamba": _mamba,
     "attention": _attention,
     "mlp": _mlp,
     "moe": _moe,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..configs.schema import ModelConfig
 from ..kernels.cross_entropy import projected_cross_entropy_sum
 from .sharding import ROWS, Sharding
 
@@ -14,21 +15,26 @@ if TYPE_CHECKING:
 
 
 class Embedding(nn.Module):
-    """Token ids -> vectors. `shards` is set where the rows are cut over ranks."""
+    """Token ids -> vectors, of which the padding token's is not trained. `shards` is set where the rows are cut over ranks."""
 
     # A tensor region only in its rows: ids carry no gradient, and the shards add the parts up themselves.
     sharding: ClassVar[Sharding] = {"weight": ROWS}
     output_sharded: ClassVar[bool] = True
     token_args: ClassVar[int] = 0
 
-    def __init__(self, vocab_size: int, d: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, d))
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.padding, self.scale = config.padding_token, config.embedding_scale
         self.shards: VocabularyShards | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
         """[b, l] integers -> [b, l, d]."""
-        return self.shards.embed(ids, self.weight) if self.shards else F.embedding(ids, self.weight)
+        if self.shards:
+            x = self.shards.embed(ids, self.weight, self.padding)
+        else:
+            x = F.embedding(ids, self.weight, self.padding)
+        return x if self.scale == 1.0 else x * self.scale
 
 
 class Projection(nn.Module):

@@ -2,9 +2,23 @@
 
 from typing import NamedTuple
 
+from ..configs.pattern import RECURRENT
 from ..configs.schema import ModelConfig, ParallelConfig
 from ..parallel.attention import ulysses_degree
 from ..parallel.layout import Layout
+
+
+def state_numbers(model: ModelConfig, mixer: str) -> tuple[int, int]:
+    """Of a sequence's boundary state in a recurrent mixer: numbers of the state, and of the decays that travel with it."""
+    if mixer == "mamba":
+        return model.mamba_inner * model.mamba.state_dim, model.mamba_inner
+    return model.inner * model.mamba2.state_dim, model.mamba2_heads
+
+
+def largest_state(model: ModelConfig) -> tuple[int, int]:
+    """`state_numbers` of the mixer that sends most; of a model without recurrent ones zeros."""
+    mixers = {layer.mixer for layer in model.layers}
+    return max((state_numbers(model, mixer) for mixer in RECURRENT if mixer in mixers), default=(0, 0))
 
 
 class Workload(NamedTuple):
@@ -62,6 +76,11 @@ class Workload(NamedTuple):
     def mamba_heads(self) -> int:
         """Of a Mamba-2 mixer."""
         return self.inner // self.model.mamba2.head_dim
+
+    @property
+    def mamba_inner(self) -> int:
+        """Channels of a Mamba mixer."""
+        return self.model.mamba_inner // self.parallel.tp
 
     @property
     def groups(self) -> int:

@@ -19,10 +19,14 @@ class VocabularyShards:
         self.group, self.sequence_parallel = group, sequence_parallel
         self.rank = dist.get_rank(group)
 
-    def embed(self, ids: Tensor, rows: Tensor) -> Tensor:
-        """ids [b, l] over the whole vocabulary, rows [v, d] of this rank -> [b, l, d], the same on every rank, or a part of l."""
+    def embed(self, ids: Tensor, rows: Tensor, padding: int | None = None) -> Tensor:
+        """ids [b, l] over the whole vocabulary, rows [v, d] of this rank -> [b, l, d], the same on every rank, or a part of l.
+
+        padding: a token whose row has no gradient.
+        """
         local, here = self._local(ids, rows.shape[0])
-        part = F.embedding(local, rows) * here[..., None]
+        place = -1 if padding is None else padding - self.rank * rows.shape[0]
+        part = F.embedding(local, rows, place if 0 <= place < rows.shape[0] else None) * here[..., None]
         return scatter_to(part, self.group, 1) if self.sequence_parallel else reduce_from(part, self.group)
 
     def projected_cross_entropy_sum(self, x: Tensor, rows: Tensor, labels: Tensor) -> Tensor:

@@ -2,3 +2,4 @@
 
 from .op import SelectiveScanInFlight, selective_scan, start_selective_scan
 from .reference import selective_scan_sequential
+from .segments import count_maps

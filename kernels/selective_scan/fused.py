@@ -15,13 +15,11 @@ import triton
 from torch import Tensor
 
 from . import fused_kernels as kernels
+from .segments import MAIN_CHANNELS, segment_length
 
-MAIN_CHANNELS, Q = 64, 8
-"""Channels of a program of main_grads, and tokens of its chunks."""
+Q = 8
+"""Tokens of a chunk of main_grads."""
 WARPS = 1
-# Enough for every processor of a GPU to have as many as its registers allow, so that short sequences are cut finer.
-PROGRAMS = 4096
-SHORTEST_SEGMENT, LONGEST_SEGMENT = 64, 512
 WORKSPACE = 1 << 30
 
 
@@ -47,8 +45,7 @@ class _Cut(NamedTuple):
 
 def cut_sequence(dt: Tensor, runs: int) -> _Cut:
     b, l, d = dt.shape
-    tokens = b * l * triton.cdiv(d, MAIN_CHANNELS) // PROGRAMS
-    length = min(max(1 << max(tokens.bit_length() - 1, 0), SHORTEST_SEGMENT), LONGEST_SEGMENT)
+    length = segment_length(b * l, d)
     per_run = triton.cdiv(l // runs, length)
     return _Cut(b, l // runs, per_run, length, b * runs * per_run)
 

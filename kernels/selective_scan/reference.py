@@ -32,8 +32,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ssd.reference import pad_and_chunk, unchunk
+from .segments import CHUNK
 
-CHUNK = 32
 # Floats of one block's [chunks, CHUNK, d, n].
 BLOCK_FLOATS = 1 << 21
 

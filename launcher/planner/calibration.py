@@ -16,6 +16,7 @@ from ...kernels.attention import causal_attention
 from ...kernels.conv import causal_conv
 from ...kernels.moe import grouped_linear
 from ...kernels.norm import gated_group_rms_norm, rms_norm
+from ...kernels.selective_scan import selective_scan
 from ...kernels.ssd import ssd
 from ...kernels.swiglu import swiglu
 from ...models.flops import FLOPS, TRAINING, Work
@@ -128,13 +129,18 @@ def _cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, Case
         gated = gated_group_rms_norm(channels, channels, gated_weight, inner, 1e-5)
         return normed.sum() + gated.sum() + swiglu(gate, up).sum()
 
-    mixed = FLOPS["mamba2"](model, t), FLOPS["attention"](model, t)
+    steps, rates, B1, C1 = draw(1, t, inner), -torch.ones(inner, 16, device=device, dtype=A.dtype), draw(1, t, 16), draw(1, t, 16)
+    mixed = {kind: FLOPS[kind](model, t) for kind in ("mamba2", "mamba", "attention")}
     conv_flops = 2 * t * 4 * inner
     return {
         Work.MATMUL: (TRAINING * 2 * t * d * hidden, lambda: F.linear(x, weight)),
         Work.EXPERTS: (TRAINING * 2 * t * d * hidden, lambda: grouped_linear(x, experts, counts)),
-        Work.ATTENTION: (TRAINING * mixed[1][Work.ATTENTION], lambda: causal_attention(q, k, v)),
-        Work.SCAN: (TRAINING * mixed[0][Work.SCAN], lambda: ssd(inputs, dt, A, B, C)),  # type: ignore[return-value, dict-item]
+        Work.ATTENTION: (TRAINING * mixed["attention"][Work.ATTENTION], lambda: causal_attention(q, k, v)),
+        Work.SCAN: (TRAINING * mixed["mamba2"][Work.SCAN], lambda: ssd(inputs, dt, A, B, C)),  # type: ignore[return-value, dict-item]
+        Work.SELECTIVE_SCAN: (
+            TRAINING * mixed["mamba"][Work.SELECTIVE_SCAN],
+            lambda: selective_scan(channels, steps, rates, B1, C1),  # type: ignore[return-value, dict-item]
+        ),
         Work.CONV: (TRAINING * conv_flops, lambda: causal_conv(channels, conv_weight, conv_bias)),
         # As plans count them: two passes over hidden states, three over what is gated, and twice as many backward.
         MEMORY: (3 * t * (2 * d + 3 * inner + 3 * hidden) * dtype.itemsize, passes),

@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from ...configs.pattern import RECURRENT
 from ...kernels.cross_entropy.op import chunk_size
 from ...models.flops import FLOPS, HEAD, TRAINING, Work
 from ...models.memory import EMBEDDING, Unit
@@ -15,8 +16,12 @@ from .machine import MEMORY, Machine
 Times = dict[str, float]
 """Seconds by cause: a kind of part for what it computes, an axis for what is waited for."""
 
-FORWARD = dict.fromkeys(Work, 1 / TRAINING) | {Work.ATTENTION: 1 / (1 + BACKWARD_PRODUCTS), Work.SCAN: 1 / 4}
-"""Of the time of a forward with its backward, the forward's part: attention's and the scan's backward compute some of it again."""
+FORWARD = dict.fromkeys(Work, 1 / TRAINING) | {
+    Work.ATTENTION: 1 / (1 + BACKWARD_PRODUCTS),
+    Work.SCAN: 1 / 4,
+    Work.SELECTIVE_SCAN: 1 / 4,
+}
+"""Of the time of a forward with its backward, the forward's part: attention's and the scans' backward compute some of it again."""
 
 
 class PartCost(NamedTuple):
@@ -101,14 +106,21 @@ def _forward_passes(kind: str, w: Workload) -> int:
     norm, add = 2 * channel, 3 * channel
     if kind == "mamba2":
         return norm + add + t * s * (2 * (w.inner + w.shared) + 3 * w.inner)
+    if kind == "mamba":
+        return norm + add + t * s * 5 * w.mamba_inner
     if kind == "attention":
         return norm + add
     if kind == "mlp":
-        return 4 * channel + add + 3 * t * s * (model.mlp.hidden // w.parallel.tp)
+        return 4 * channel + add + _gate_passes(model.mlp.activation) * t * s * (model.mlp.hidden // w.parallel.tp)
     if kind == "moe":
         moved = 2 * (t + w.rows) * model.d_model * s
-        return 4 * channel + add + moved + 3 * w.rows * s * (model.moe.hidden // w.parallel.tp)
+        return 4 * channel + add + moved + _gate_passes(model.moe.activation) * w.rows * s * (model.moe.hidden // w.parallel.tp)
     return 2 * channel
+
+
+def _gate_passes(activation: str) -> int:
+    """Tensors of hidden units that an activation reads and writes."""
+    return 3 if activation == "swiglu" else 2
 
 
 def _waiting(kind: str, w: Workload, machine: Machine, messages: list[Message], backward: bool) -> Times:
@@ -116,9 +128,9 @@ def _waiting(kind: str, w: Workload, machine: Machine, messages: list[Message], 
     times: Times = {}
     for message in messages:
         if message.of != KEYS_AND_VALUES:
-            add(times, {"cp" if message.axis == "states" else message.axis: _message_seconds(message, w, machine)})
+            add(times, {"cp" if message.axis == "states" else message.axis: _message_seconds(kind, message, w, machine)})
     hidden = _hidden_behind(kind, w, machine) * (2 if backward else 1)
-    for axis, window in (("cp", hidden if kind == "mamba2" else 0.0), ("ep", hidden if kind == "moe" else 0.0)):
+    for axis, window in (("cp", hidden if kind in RECURRENT else 0.0), ("ep", hidden if kind == "moe" else 0.0)):
         if axis in times:
             times[axis] = max(0.0, times[axis] - window)
     return times
@@ -126,14 +138,17 @@ def _waiting(kind: str, w: Workload, machine: Machine, messages: list[Message], 
 
 def _hidden_behind(kind: str, w: Workload, machine: Machine) -> float:
     """Seconds of forward's work while messages travel: the projection of the gate, the expert that all tokens share."""
-    channels = {"mamba2": w.inner, "moe": 3 * (w.model.moe.shared_hidden // w.parallel.tp)}.get(kind, 0)
+    shared = w.model.moe.shared_hidden // w.parallel.tp
+    matrices = 3 if w.model.moe.activation == "swiglu" else 2
+    channels = {"mamba2": w.inner, "mamba": w.mamba_inner, "moe": matrices * shared}.get(kind, 0)
     return 2 * w.tokens * w.model.d_model * channels / machine.rates[Work.MATMUL]
 
 
-def _message_seconds(message: Message, w: Workload, machine: Machine) -> float:
+def _message_seconds(kind: str, message: Message, w: Workload, machine: Machine) -> float:
     if message.axis == "states":
         link = machine.link(w.parallel.tp, w.cp, message.kind)
-        return seconds(str(w.parallel.strategy), w.layout, *state_sizes(w)[:2], link, state_sizes(w)[2])
+        states, decays, size = state_sizes(w, kind)
+        return seconds(str(w.parallel.strategy), w.layout, states, decays, link, size)
     return transfer_seconds(message, axis_link(message.axis, message.kind, w, machine))
 
 

@@ -2,9 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ...configs.pattern import LayerKinds, repeats
+from ...configs.pattern import RECURRENT, LayerKinds, repeats
 from ...configs.schema import Config, ParallelConfig
 from ...kernels.cross_entropy.op import CHUNK_BYTES
 from ...models.flops import HEAD, TRAINING, model_flops, stage_layers
@@ -124,7 +124,8 @@ class Estimator:
     def cost(self, kind: str, w: Workload) -> PartCost:
         """What a kind of part takes."""
         p = w.parallel
-        own = {"mamba2": (p.strategy, p.layout), "attention": (p.attention, p.layout), "moe": (w.dp, p.ep)}.get(kind, ())
+        passing = dict.fromkeys(RECURRENT, (p.strategy, p.layout))
+        own: tuple[Any, ...] = {**passing, "attention": (p.attention, p.layout), "moe": (w.dp, p.ep)}.get(kind, ())
         key = kind, w.b, w.cp, p.tp, p.sequence_parallel, *own
         if key not in self._costs:
             self._costs[key] = part_cost(kind, w, self.machine)

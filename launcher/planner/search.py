@@ -5,11 +5,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, get_args
 
 from ...configs.errors import KeyedError
+from ...configs.pattern import RECURRENT
 from ...configs.schema import Config, ParallelConfig
 from ...models.memory import Terms
 from ...parallel.attention import Strategy
 from ...parallel.links import STRATEGIES
-from .cost import part_cost
+from .cost import PartCost, part_cost
 from .estimate import Estimate, Estimator
 from .machine import Machine
 
@@ -203,19 +204,23 @@ def _of_layout(
     """Seconds of all mixers, and the fastest strategies."""
     kinds = [layer.mixer for layer in config.model.layers]
     total, chosen = 0.0, {"layout": layout, "strategy": "sliced", "attention": "ring"}
-    for kind, key, names in (("mamba2", "strategy", STRATEGIES), ("attention", "attention", get_args(Strategy))):
-        times = {}
-        for name in _choices(fixed, key, names) if kind in kinds else []:
+    for those, key, names in ((RECURRENT, "strategy", STRATEGIES), (("attention",), "attention", get_args(Strategy))):
+        times, present = {}, {kind: kinds.count(kind) for kind in those if kind in kinds}
+        for name in _choices(fixed, key, names) if present else []:
             tried = _with(config, chosen | {key: name}, config.batch.micro_steps)
             if _allowed(tried):
-                cost = part_cost(kind, estimator.workload(tried), estimator.machine)
-                times[name] = sum(cost.forward.values()) + sum(cost.backward.values())
-        if kind in kinds:
+                w = estimator.workload(tried)
+                times[name] = sum(count * _seconds(part_cost(kind, w, estimator.machine)) for kind, count in present.items())
+        if present:
             if not times:
                 return None
             chosen[key] = min(times, key=times.__getitem__)
-            total += kinds.count(kind) * times[chosen[key]]
+            total += times[chosen[key]]
     return total, chosen
+
+
+def _seconds(cost: PartCost) -> float:
+    return sum(cost.forward.values()) + sum(cost.backward.values())
 
 
 def _best_mode(estimator: Estimator, candidate: Config, fixed: dict[str, Any]) -> tuple[Estimate | None, Lacking | None]:

@@ -43,7 +43,7 @@ class Trainer:
         self.train_data = self._loader("train", config.seed)
         self.validation_data = self._loader("validation", None)
         self.stages: Stages = build_stages(config, self.mesh, environment.device)
-        self.optimizer = build_optimizer(self.stages.parameters(), config.optimizer)
+        self.optimizer = build_optimizer(self.stages.named_parameters(), config.optimizer)
         self.throughput = Throughput(config, environment.world, environment.device)
         self.checkpointer = Checkpointer(config, self.stages, self.optimizer)
         self.done = 0

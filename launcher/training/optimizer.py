@@ -19,16 +19,19 @@ MISSING = (
 )
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW; vectors (norms, biases, A_log, D, dt_bias) are not decayed.
+def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW of parameters by name; vectors (norms, biases, D, dt_bias) and A_log are not decayed.
 
     torch's fused one, or apex's where the config asks for it or, where that can run, leaves it open. Raises UserError where apex is
     asked for and cannot run.
     """
-    parameters = list(parameters)
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]
-    groups: Groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in named:
+        # Mamba's A_log is a matrix, of a row for each channel.
+        (kept if parameter.ndim <= 1 or name.endswith("A_log") else decayed).append(parameter)
+    parameters = decayed + kept
+    groups: Groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     obstacle = None if config.implementation == "torch" else _obstacle(parameters)
     if config.implementation == "apex" and obstacle:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, get_args
 from ...configs.checks import check_divides
 from ...configs.errors import KeyedError, UserError
 from ...configs.loading import load_config
+from ...configs.pattern import RECURRENT
 from ...configs.schema import BatchConfig, Config, DataConfig, ParallelConfig
 
 SHORT = 64
@@ -144,8 +145,8 @@ def _strategies(base: Config, parallel: ParallelConfig, documents: str) -> Itera
         return
     mixers = {layer.mixer for layer in base.model.layers}
     if parallel.dp == 1:
-        for key, mixer in (("strategy", "mamba2"), ("attention", "attention")):
-            yield from ({key: choice} for choice in _choices(key) if mixer in mixers)
+        for key, those in (("strategy", {*RECURRENT}), ("attention", {"attention"})):
+            yield from ({key: choice} for choice in _choices(key) if mixers & those)
     elif "attention" in mixers:
         # Heads that do not divide over all ranks may over fewer.
         yield {"attention": "ulysses"}

@@ -1,5 +1,6 @@
 """Grouped-query causal attention; without position information unless rope is asked for, as Jamba has it."""
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -20,7 +21,9 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         sizes, d = config.attention, config.d_model
-        self.head_dim, self.rope = sizes.head_dim, sizes.rope
+        self.head_dim, self.rope, self.rotated = sizes.head_dim, sizes.rope, sizes.rotated
+        self.scale = 1.0 if sizes.scale is None else sizes.scale * math.sqrt(sizes.head_dim)
+        """Of queries, since scores are divided by the root of head_dim."""
         self.sharding: Sharding = {
             "q_proj.weight": ROWS,
             "k_proj.weight": SplitGroups(sizes.kv_heads),
@@ -41,20 +44,23 @@ class Attention(nn.Module):
                 positions = documents.positions
             elif positions is None:
                 positions = torch.arange(u.shape[1], device=u.device)
-            cos, sin = rotary_angles(positions, self.head_dim, self.rope.theta)
+            cos, sin = rotary_angles(positions, self.rotated, self.rope.theta)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.scale != 1.0:
+            q = q * self.scale
         return self.o_proj(self.attend(q, k, v, documents).flatten(2))
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., l, head_dim / 2] fp64 of the angles position / theta^(2i / head_dim) (Su et al., arXiv 2104.09864)."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim)
+def rotary_angles(positions: Tensor, dims: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., l, dims / 2] fp64 of the angles position / theta^(2i / dims) (Su et al., arXiv 2104.09864)."""
+    frequencies = theta ** (-torch.arange(0, dims, 2, device=positions.device, dtype=torch.float64) / dims)
     angles = positions.double()[..., None] * frequencies
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (i, i + e/2) of x [b, l, h, e], as Llama and Hugging Face pair them."""
+    """Rotates the pairs (i, i + r/2) of the first r of the dims of x [b, l, h, e], as Llama pairs them; cos and sin have r/2."""
     cos, sin = (t[..., None, :].to(torch.promote_types(x.dtype, torch.float32)) for t in (cos, sin))
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    half = cos.shape[-1]
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1).to(x.dtype)

@@ -63,9 +63,9 @@ class FusedAdam(torch.optim.Optimizer):
             )
 
 
-def with_stand_in(parameters, config):
+def with_stand_in(named, config):
     """As build_optimizer, where apex can run."""
-    groups = build_optimizer(parameters, config).param_groups
+    groups = build_optimizer(named, config).param_groups
     groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
     return ApexAdamW(groups, FusedAdam, lr=config.lr, betas=config.betas, eps=config.eps)
 
@@ -156,15 +156,15 @@ def test_only_the_real_apex_counts(monkeypatch):
 
 def test_which_one_is_taken(monkeypatch):
     """auto: apex where it can run; apex: an error in one line where it cannot."""
-    parameters = [torch.nn.Parameter(torch.ones(2, 2))]
+    named = {"w": torch.nn.Parameter(torch.ones(2, 2))}.items()
     for name in ("auto", "torch"):
-        built = build_optimizer(parameters, OptimizerConfig(implementation=name))
+        built = build_optimizer(named, OptimizerConfig(implementation=name))
         assert implementation(built) == "torch"
         assert built.param_groups[0]["fused"]
     with pytest.raises(
         UserError, match="^optimizer.implementation is apex, and its FusedAdam runs on GPUs alone; allowed: torch, auto$"
     ):
-        build_optimizer(parameters, OptimizerConfig(implementation="apex"))
+        build_optimizer(named, OptimizerConfig(implementation="apex"))
     monkeypatch.setattr(optimizer, "find_apex", lambda: FusedAdam)
     on_gpu = {"device": torch.device("cuda"), "dtype": torch.float32}
     assert optimizer._obstacle([SimpleNamespace(**on_gpu)]) is None
@@ -174,13 +174,13 @@ def test_which_one_is_taken(monkeypatch):
     monkeypatch.setattr(optimizer, "find_apex", lambda: FusedAdam)
     monkeypatch.setattr(optimizer, "_obstacle", lambda parameters: None)
     for name, expected in {"auto": "apex", "apex": "apex", "torch": "torch"}.items():
-        assert implementation(build_optimizer(parameters, OptimizerConfig(implementation=name))) == expected
+        assert implementation(build_optimizer(named, OptimizerConfig(implementation=name))) == expected
 
 
 def test_vectors_are_not_decayed():
-    config = small_run(Path("nowhere"), [], None)
+    config = small_run(Path("nowhere"), ["model.pattern=M-mEM-*E"], None)
     model = build_model(config.model, 0)
-    groups = build_optimizer(model.parameters(), OptimizerConfig(weight_decay=0.3)).param_groups
+    groups = build_optimizer(model.named_parameters(), OptimizerConfig(weight_decay=0.3)).param_groups
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
     decayed, kept = (group["params"] for group in groups)
     names = {id(p): name for name, p in model.named_parameters()}

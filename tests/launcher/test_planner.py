@@ -64,6 +64,8 @@ TRAFFIC = {
     "states by doubling": (4, "{cp: 4, strategy: doubling, attention: ring}", 1),
     "states by ring": (4, "{cp: 4, strategy: ring, attention: usp, layout: contiguous}", 1),
     "states sliced": (4, "{cp: 4, strategy: sliced, attention: allgather, layout: zigzag, recompute: mixer}", 1),
+    "mamba sliced": (4, "{cp: 2, tp: 2, strategy: sliced, attention: ring, recompute: mixer}", 1),
+    "mamba by ring": (4, "{cp: 4, strategy: ring, attention: ring, layout: zigzag}", 1),
     "pipeline": (4, "{cp: 1, pp: 2, dp: 2}", 4),
     "interleaved": (
         8,
@@ -82,7 +84,10 @@ def test_every_axis_sends_what_is_planned(pool, case):
     world, parallel, micro_steps = TRAFFIC[case]
     batch = f"batch={{sequences: {4 * micro_steps}, micro_steps: {micro_steps}}}"
     tied = f"model.tied_embeddings={case == 'one matrix at both ends'}"
-    config = tiny_config([*WIDE, "model.mamba2.groups=2", tied, "data.context=64", f"parallel={parallel}", batch], world)
+    pattern = "m-ME*E" if "mamba" in case else "M-MEM-*E"
+    config = tiny_config(
+        [*WIDE, f"model.pattern={pattern}", "model.mamba2.groups=2", tied, "data.context=64", f"parallel={parallel}", batch], world
+    )
     named = {"strategy": "sliced", "attention": "ring"}
     named = {
         key: value if getattr(config.parallel, key) == "auto" else getattr(config.parallel, key) for key, value in named.items()

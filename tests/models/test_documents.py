@@ -12,7 +12,7 @@ from baton.parallel.layout import Layout
 from baton.parallel.mesh import build_mesh
 from helpers import relative_error, tiny_config
 
-MODEL = ["precision=fp64", "data.documents=packed", "model.moe.aux_loss=0.0"]
+MODEL = ["model.pattern=M-mEM-*E", "precision=fp64", "data.documents=packed", "model.moe.aux_loss=0.0"]
 """No balancing loss: it is a product of sums over all tokens of a micro-step, so documents alone do not add up to it."""
 
 BORDERS = [

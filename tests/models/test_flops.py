@@ -1,5 +1,7 @@
 """FLOPs: as PyTorch counts them where the PyTorch implementation runs, and what they make of a pipeline's cuts."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from baton.kernels.attention import reference as attention_reference
 from baton.kernels.ssd.reference import chunk_maps, chunk_outputs, make_chunks
 from baton.models.flops import causal_pairs, head_flops, layer_flops, model_flops, part_flops, stage_layers
 from baton.models.hybrid import BUILDERS
+from baton.models.mixers import mamba
 from baton.models.vocabulary import Projection
 
 TOKENS = 24
@@ -19,6 +22,7 @@ SIZES = [
     "model.d_model=24",
     "model.vocab_size=56",
     "model.mamba2={expand: 2, head_dim: 8, state_dim: 5, groups: 3, conv_width: 4, chunk_size: 16}",
+    "model.mamba={expand: 3, state_dim: 6, dt_rank: 5, conv_width: 3}",
     "model.attention={heads: 6, kv_heads: 2, head_dim: 4}",
     "model.mlp.hidden=20",
     "model.moe={experts: 5, top_k: 3, hidden: 10, shared_hidden: 14}",
@@ -45,6 +49,15 @@ def counted_module(module, d):
     return counted(module, torch.randn(1, TOKENS, d))
 
 
+class NotStarted(NamedTuple):
+    """In place of a selective scan's second half."""
+
+    x: torch.Tensor
+
+    def finish(self):
+        return self.x, None
+
+
 def counted_scan(model):
     sizes = model.mamba2
     heads = model.inner // sizes.head_dim
@@ -55,11 +68,17 @@ def counted_scan(model):
     return counted(chunk_maps, chunks) + counted(chunk_outputs, chunks, states, None)
 
 
-def counted_convolution(model):
-    sizes = model.mamba2
-    channels = model.inner + 2 * sizes.groups * sizes.state_dim
-    padded = torch.randn(1, channels, TOKENS + sizes.conv_width - 1)
-    return counted(lambda: F.conv1d(padded, torch.randn(channels, 1, sizes.conv_width), groups=channels))
+def counted_convolution(channels, width):
+    padded = torch.randn(1, channels, TOKENS + width - 1)
+    return counted(lambda: F.conv1d(padded, torch.randn(channels, 1, width), groups=channels))
+
+
+def counted_selective_scan(model):
+    """What each token does as products of matrices: of the input and B, of decay and state, of state and C."""
+    inner, n = model.mamba_inner, model.mamba.state_dim
+    x, B = torch.randn(TOKENS, inner, 1), torch.randn(TOKENS, 1, n)
+    decay, state = torch.randn(2, TOKENS * inner * n, 1, 1)
+    return counted(lambda: (x @ B, decay @ state, torch.randn(TOKENS, inner, n) @ B.mT))
 
 
 def counted_attention(model, monkeypatch):
@@ -73,9 +92,14 @@ def counted_attention(model, monkeypatch):
 
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_a_part_counts_as_pytorch_counts_it(kind, model, monkeypatch):
+    # Whose reference multiplies some of its matrices, of whole chunks.
+    monkeypatch.setattr(mamba, "start_selective_scan", lambda x, *args, **options: NotStarted(x))
     found = counted_module(BUILDERS[kind](model), model.d_model)
     if kind == "mamba2":
-        found += counted_scan(model) + counted_convolution(model)
+        channels = model.inner + 2 * model.mamba2.groups * model.mamba2.state_dim
+        found += counted_scan(model) + counted_convolution(channels, model.mamba2.conv_width)
+    if kind == "mamba":
+        found += counted_selective_scan(model) + counted_convolution(model.mamba_inner, model.mamba.conv_width)
     if kind == "attention":
         found += counted_attention(model, monkeypatch)
     assert part_flops(kind, model, TOKENS) == found

@@ -25,6 +25,7 @@ WIDE = [
     "model.d_model=64",
     "model.vocab_size=56",
     "model.mamba2={head_dim: 32, state_dim: 16, groups: 4, chunk_size: 16}",
+    "model.mamba={state_dim: 8, dt_rank: 12}",
     "model.attention={heads: 4, kv_heads: 2, head_dim: 24}",
     "model.mlp.hidden=80",
     "model.moe={experts: 4, top_k: 3, hidden: 24, shared_hidden: 40}",
@@ -110,6 +111,13 @@ CASES = {
     "one device": (1, "{}", []),
     "one device bf16": (1, "{}", ["precision=bf16"]),
     "kernels bf16": (1, "{}", ["kernels=triton", "precision=bf16", "data.context=128"]),
+    "mamba": (1, "{}", ["model.pattern=m-mE"]),
+    "mamba without norms tp": (2, "{cp: 1, tp: 2}", ["model.pattern=m-", "model.mamba.norms=false"]),
+    "mamba kernels bf16": (1, "{}", ["model.pattern=m-", "kernels=triton", "precision=bf16", "data.context=128"]),
+    "mamba cp zigzag": (2, "{cp: 2, layout: zigzag}", ["model.pattern=m-"]),
+    "relu2": (1, "{}", ["model.pattern=M-ME", "model.mlp.activation=relu2", "model.moe.activation=relu2"]),
+    "sigmoids": (1, "{}", ["model.pattern=ME", "model.moe.scores=sigmoid", "model.moe.renormalize=true"]),
+    "scales": (1, "{}", ["model.pattern=ME*-", "model.residual_scale=0.5", "model.logits_divisor=2.0"]),
     "tp": (2, "{cp: 1, tp: 2}", []),
     "sequence_parallel bf16": (2, "{cp: 1, tp: 2, sequence_parallel: true}", ["precision=bf16"]),
     "cp ring": (2, "{cp: 2, strategy: sliced, attention: ring}", []),
@@ -206,7 +214,7 @@ def most_alive(rank, config):
     from baton.launcher.training.optimizer import build_optimizer
 
     stages, mesh = build(config)
-    optimizer, micro_steps = build_optimizer(stages.parameters(), config.optimizer), micro_steps_of(config, stages, mesh)
+    optimizer, micro_steps = build_optimizer(stages.named_parameters(), config.optimizer), micro_steps_of(config, stages, mesh)
     for _ in range(2):
         gc.collect()
         with Alive() as alive:

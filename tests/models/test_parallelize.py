@@ -180,6 +180,58 @@ def test_every_option_of_the_experts(pool, case):
     check_exact(verdict)
 
 
+HYBRIDS = {
+    "Jamba": [
+        "model.pattern=mEM-*-m-",
+        "model.mamba={state_dim: 4, dt_rank: 3}",
+        "model.moe.balance=pooled",
+    ],
+    "Granite": [
+        "model.pattern=mE*EmE*E",
+        "model.moe={experts: 4, top_k: 2, hidden: 16, shared_hidden: 8, aux_loss: 0.1, balance: pooled, renormalize: true}",
+        "model.attention={heads: 4, kv_heads: 2, head_dim: 8, scale: 0.2, rope: {fraction: 0.5}}",
+        "model.tied_embeddings=true",
+        "model.embedding_scale=3.0",
+        "model.residual_scale=0.4",
+        "model.logits_divisor=2.5",
+        "model.padding_token=3",
+    ],
+    "NemotronH": [
+        "model.pattern=mEM-*M-",
+        "model.mamba={state_dim: 4, norms: false}",
+        "model.mamba2={heads: 12, head_dim: 8, state_dim: 8, groups: 1, chunk_size: 7, dt_min: 0.3, dt_max: 0.9}",
+        """model.moe={experts: 8, groups: 4, top_groups: 2, top_k: 3, hidden: 16, shared_hidden: 8, aux_loss: 0.1,
+            activation: relu2, scores: sigmoid, renormalize: true, scale: 2.5, bias_rate: 0.1}""",
+        "model.mlp={hidden: 32, activation: relu2}",
+        "model.padding_token=40",
+    ],
+}
+"""What Hugging Face's hybrids compute, and each with Mamba."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("hybrid", "case"),
+    [
+        ("Jamba", "tp2 cp2 pp2 ep2"),
+        ("Granite", "tp2 dp2 pp2 interleaved HSDP"),
+        ("NemotronH", "tp4 cp2 ep2"),
+        ("Jamba", "tp2 cp2 dp2 ep4"),
+    ],
+)
+def test_other_hybrids(pool, hybrid, case):
+    """Mamba's sums over channels, routing by groups, scales, and a padding token on whichever rank it lies."""
+    compared = compare_biased if hybrid == "NemotronH" else compare
+    check_exact(pool.run(8, compared, together(case, "precision=fp64", "model.repeat=1", *HYBRIDS[hybrid]))[0])
+
+
+@pytest.mark.parametrize(("mesh", "layout", "documents"), [("cp4", "zigzag", "packed"), ("tp4", "contiguous", "single")])
+def test_mamba_below_fp64(pool, mesh, layout, documents):
+    world, degrees = MESHES[mesh]
+    overrides = ["model.pattern=mm-", f"parallel.layout={layout}", f"data.documents={documents}"]
+    check_as_good_as_one_device(pool.run(world, compare, tiny_config([*overrides, *degrees], world))[0])
+
+
 def test_the_auxiliary_loss_is_of_a_micro_step():
     """It is not linear in the batch, so that another number of micro-steps is another loss; else the tests above show nothing."""
     losses = []
@@ -302,7 +354,7 @@ def refused_tables(rank, config):
     with pytest.raises(ValueError, match="MLP.bias is in no sharding table"):
         shard_tensors(forgotten, mesh, sequence_parallel=False)
     with pytest.raises(ValueError, match="StateSpace.A_log: 3 pieces do not divide over tp 2"):
-        shard_tensors(StateSpace(3, 8), mesh, sequence_parallel=False)
+        shard_tensors(StateSpace(3, config.model.mamba2), mesh, sequence_parallel=False)
 
 
 def test_tables_that_do_not_fit_are_refused(pool):

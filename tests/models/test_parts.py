@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from baton.models.hybrid import build_model
 from baton.models.initialization import initialize
 from baton.models.mixers.attention import Attention
+from baton.models.mixers.mamba import Mamba
 from baton.models.mixers.mamba2 import Mamba2
 from baton.models.moe import MoE, auxiliary_loss
 from helpers import relative_error, tiny_config
@@ -30,20 +31,50 @@ def inputs(length=11):
     return torch.randn(2, length, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
+def conv(t, weight, bias):
+    taps = weight.shape[1]
+    padded = F.pad(t, (0, 0, taps - 1, 0))
+    return F.silu(sum(padded[:, k : k + t.shape[1]] * weight[:, k] for k in range(taps)) + bias)
+
+
+def mamba_by_definition(part, config, u):
+    """Jamba's order of things: projections, convolution and SiLU, dt, B and C with their norms, recurrence, gate, out."""
+    rank, n = config.dt_rank, config.mamba.state_dim
+    x = conv(part.x_proj(u), part.conv.x_weight, part.conv.x_bias)
+    dt, B, C = (x @ part.select.dtbc_proj.weight.T).split([rank, n, n], -1)
+    if config.mamba.norms:
+        norms = part.select.dt_norm, part.select.b_norm, part.select.c_norm
+        dt, B, C = (
+            t * torch.rsqrt(t.square().mean(-1, keepdim=True) + config.norm_eps) * norm.weight
+            for t, norm in zip((dt, B, C), norms, strict=True)
+        )
+    dt = torch.log1p(torch.exp(dt @ part.select.dt_proj.weight.T + part.ssm.dt_bias))
+    ys, state = [], torch.zeros(u.shape[0], x.shape[2], n, dtype=u.dtype)
+    for t in range(u.shape[1]):
+        decay = torch.exp(-part.ssm.A_log.exp() * dt[:, t, :, None])
+        state = decay * state + (dt[:, t] * x[:, t])[..., None] * B[:, t, None]
+        ys.append((state * C[:, t, None]).sum(-1) + part.ssm.D * x[:, t])
+    return part.out_proj(torch.stack(ys, 1) * F.silu(part.z_proj(u)))
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_mamba(norms):
+    part, config = filled(Mamba, [f"model.mamba={{state_dim: 5, dt_rank: 3, norms: {norms}}}"])
+    expected = mamba_by_definition(part, config, inputs()).detach()
+    assert relative_error(part(inputs()).detach(), expected) <= 1e-12
+    state = part.new_state(2)
+    steps = torch.stack([part.step(u, state) for u in inputs().unbind(1)], 1)
+    assert relative_error(steps, expected) <= 1e-12
+
+
 def mamba2_by_definition(part, config, u):
     """Hugging Face's order of things: projections, convolution and SiLU, recurrence, gate, grouped norm, out."""
     p, n, g = config.mamba2.head_dim, config.mamba2.state_dim, config.mamba2.groups
     x, z = part.x_proj(u), part.z_proj(u)
     bc = part.bc_proj(u)
-    taps = config.mamba2.conv_width
-
-    def conv(t, weight, bias):
-        padded = F.pad(t, (0, 0, taps - 1, 0))
-        return F.silu(sum(padded[:, k : k + t.shape[1]] * weight[:, k] for k in range(taps)) + bias)
-
     x = conv(x, part.conv.x_weight, part.conv.x_bias).unflatten(-1, (-1, p))
     bc = conv(bc, part.conv.bc_weight, part.conv.bc_bias).view(*u.shape[:2], g, 2, n)
-    dt = F.softplus(part.dt_proj(u) + part.ssm.dt_bias)
+    dt = F.softplus(part.dt_proj(u) + part.ssm.dt_bias).clamp(*config.mamba2.dt_limit)
     heads = x.shape[2]
     ys = []
     state = torch.zeros(u.shape[0], heads, p, n, dtype=u.dtype)
@@ -59,9 +90,11 @@ def mamba2_by_definition(part, config, u):
     return part.out_proj(normed.flatten(2) * part.norm.weight)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_mamba2(groups):
-    part, config = filled(Mamba2, [f"model.mamba2.groups={groups}"])
+@pytest.mark.parametrize("more", [{"groups": 1}, {"groups": 2, "heads": 6}, {"dt_min": 0.3, "dt_max": 0.9}])
+def test_mamba2(more):
+    part, config = filled(Mamba2, [f"model.mamba2.{key}={value}" for key, value in more.items()])
+    dt = F.softplus(part.dt_proj(inputs()) + part.ssm.dt_bias)
+    assert float(dt.detach().min()) < 0.3 < 0.9 < float(dt.detach().max())
     assert relative_error(part(inputs()).detach(), mamba2_by_definition(part, config, inputs()).detach()) <= 1e-12
 
 
@@ -69,58 +102,89 @@ def attention_by_definition(part, config, u, positions):
     sizes = config.attention
     q, k, v = (proj(u).unflatten(-1, (-1, sizes.head_dim)) for proj in (part.q_proj, part.k_proj, part.v_proj))
     if sizes.rope is not None:
-        pairs = torch.arange(0, sizes.head_dim, 2, dtype=torch.float64)
-        turn = torch.exp(1j * positions.double()[:, None] * sizes.rope.theta ** (-pairs / sizes.head_dim))[:, None]
-        turned = [torch.complex(*t.chunk(2, -1)) * turn for t in (q, k)]
-        q, k = (torch.cat([t.real, t.imag], -1) for t in turned)
+        dims = round(sizes.head_dim * sizes.rope.fraction)
+        pairs = torch.arange(0, dims, 2, dtype=torch.float64)
+        turn = torch.exp(1j * positions.double()[:, None] * sizes.rope.theta ** (-pairs / dims))[:, None]
+        turned = [torch.complex(*t[..., :dims].chunk(2, -1)) * turn for t in (q, k)]
+        q, k = (torch.cat([t.real, t.imag, whole[..., dims:]], -1) for t, whole in zip(turned, (q, k), strict=True))
     out = torch.zeros_like(q)
     for head in range(sizes.heads):
         other = head // (sizes.heads // sizes.kv_heads)
-        scores = q[:, :, head] @ k[:, :, other].transpose(1, 2) / math.sqrt(sizes.head_dim)
+        scores = q[:, :, head] @ k[:, :, other].transpose(1, 2) * (sizes.scale or sizes.head_dim**-0.5)
         hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
         out[:, :, head] = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v[:, :, other]
     return part.o_proj(out.flatten(2))
 
 
-@pytest.mark.parametrize("rope", ["null", "{theta: 100.0}"])
-def test_attention(rope):
-    part, config = filled(Attention, [f"model.attention.rope={rope}"])
+@pytest.mark.parametrize(("rope", "scale"), [("null", "null"), ("{theta: 100.0}", 0.7), ("{theta: 100.0, fraction: 0.5}", "null")])
+def test_attention(rope, scale):
+    part, config = filled(Attention, [f"model.attention.rope={rope}", f"model.attention.scale={scale}"])
     positions = torch.arange(11) + 5
     found = part(inputs(), positions).detach()
     assert relative_error(found, attention_by_definition(part, config, inputs(), positions).detach()) <= 1e-12
     assert config.attention.rope is None or relative_error(found, part(inputs(), positions * 3).detach()) > 1e-3
 
 
-def expert_by_definition(gate, up, down, token):
-    return down @ (F.silu(gate @ token) * (up @ token))
+def expert_by_definition(*matrices, token):
+    *gate, up, down = matrices
+    return down @ (F.silu(gate[0] @ token) * (up @ token) if gate else (up @ token).clamp(min=0) ** 2)
+
+
+def shares_by_definition(logits, sizes):
+    """Each token's probabilities, and what the auxiliary loss takes of them."""
+    if sizes.scores == "softmax":
+        return logits.softmax(-1), logits.softmax(-1)
+    scores = 1 / (1 + torch.exp(-logits))
+    return scores, scores / scores.sum(-1, keepdim=True)
+
+
+def choice_by_definition(scores, sizes):
+    """The best of those experts whose groups have the best two."""
+    groups = scores.view(sizes.groups, -1)
+    if sizes.groups > 1:
+        best = groups.sort(-1, descending=True).values[:, :2].sum(-1).argsort(descending=True)[: sizes.top_groups]
+        scores = torch.where(torch.isin(torch.arange(sizes.groups), best)[:, None], groups, -torch.inf).flatten()
+    return scores.argsort(descending=True)[: sizes.top_k].tolist()
 
 
 def moe_by_definition(part, sizes, x):
     """Token by token: the output, and the layer's statistics: hits, mean probabilities and mean squares of log-sum-exp."""
     experts, stacked = sizes.experts, part.experts.stacked
-    matrices = list(zip(stacked.gate_proj, stacked.up_proj, stacked.down_proj, strict=True))
+    gates = [stacked.gate_proj] if sizes.activation == "swiglu" else []
+    matrices = list(zip(*gates, stacked.up_proj, stacked.down_proj, strict=True))
     taken, hits, outputs = [0] * experts, torch.zeros(experts, dtype=torch.float64), []
     logits = x.flatten(0, 1) @ part.router.weight.T
     limit = math.ceil((sizes.capacity or experts) * len(logits) * sizes.top_k / experts)
-    for token, row in zip(x.flatten(0, 1), logits.softmax(-1), strict=True):
+    probabilities, shares = shares_by_definition(logits, sizes)
+    for token, row in zip(x.flatten(0, 1), probabilities, strict=True):
         total = torch.zeros(32, dtype=torch.float64)
-        for e in (row if part.bias is None else row + part.bias).argsort(descending=True)[: sizes.top_k].tolist():
+        chosen = choice_by_definition(row if part.bias is None else row + part.bias, sizes)
+        weights = sizes.scale * row / (row[chosen].sum() if sizes.renormalize else 1)
+        for e in chosen:
             hits[e] += 1
             taken[e] += 1
             if taken[e] <= limit:
-                total = total + row[e] * expert_by_definition(*matrices[e], token)
+                total = total + weights[e] * expert_by_definition(*matrices[e], token=token)
         if part.experts.shared is not None:
-            total = total + expert_by_definition(*(p.weight for p in part.experts.shared.children()), token)
+            total = total + expert_by_definition(*(p.weight for p in part.experts.shared.children()), token=token)
         outputs.append(total)
-    statistics = hits / len(logits), logits.softmax(-1).mean(0), logits.exp().sum(-1).log().square().mean()
+    statistics = hits / len(logits), shares.mean(0), logits.exp().sum(-1).log().square().mean()
     return torch.stack(outputs), statistics, sum(max(0, count - limit) for count in taken)
 
 
-@pytest.mark.parametrize("more", [{}, {"shared_hidden": 24}, {"capacity": 0.8}, {"bias_rate": 0.1}, {"top_k": 4}])
+GRANITE = {"renormalize": True, "shared_hidden": 24}
+NEMOTRON = GRANITE | {"activation": "relu2", "scores": "sigmoid", "scale": 2.5, "choice_bias": True}
+GROUPS = {"experts": 8, "groups": 4, "top_groups": 2, "top_k": 3}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"shared_hidden": 24}, {"capacity": 0.8}, {"bias_rate": 0.1}, {"top_k": 4}, GRANITE, NEMOTRON, NEMOTRON | GROUPS],
+)
 def test_moe(more):
     part, config = filled(MoE, [f"model.moe.{key}={value}" for key, value in more.items()])
     if part.bias is not None:
-        part.bias.copy_(torch.tensor([0.5, -0.5, 0.2, -0.2]))
+        part.bias.copy_(torch.tensor([0.5, -0.5, 0.2, -0.2] * (config.moe.experts // 4)))
     y, parts = part(inputs())
     expected, (hits, probabilities, _), dropped = moe_by_definition(part, config.moe, inputs())
     assert relative_error(y.flatten(0, 1).detach(), expected.detach()) <= 1e-12
@@ -227,6 +291,27 @@ def test_tied_embeddings_share_one_matrix():
     assert relative_error(model.embedding.weight.grad, both) <= 1e-12
 
 
+def test_what_is_scaled():
+    """Embedded tokens, what layers add, and logits; and the padding token's row has the gradient of the projection alone."""
+    ids = torch.randint(0, 64, (1, 20), generator=torch.Generator().manual_seed(2))
+    scales = ["model.embedding_scale=3.0", "model.residual_scale=0.4", "model.logits_divisor=2.5"]
+    plain, scaled = (
+        build_model(tiny_config(["model.pattern=M-", "model.tied_embeddings=true", *more]).model, 0, torch.float64)
+        for more in ([], [*scales, f"model.padding_token={ids[0, 7]}"])
+    )
+    x = 3.0 * plain.embedding.weight[ids]
+    layer = plain.layers["0"]
+    x = x + 0.4 * layer.mixer(layer.mixer_norm(x))
+    x = x + 0.4 * layer.feed_forward(layer.feed_forward_norm(x))
+    assert relative_error(scaled(ids).detach(), (plain.head(x) / 2.5).detach()) <= 1e-12
+    F.cross_entropy((plain.head(x) / 2.5)[0], ids[0], reduction="sum").backward()
+    scaled(ids, ids).cross_entropy.backward()
+    found, whole = scaled.embedding.weight.grad, plain.embedding.weight.grad
+    others = torch.arange(64) != ids[0, 7]
+    assert relative_error(found[others], whole[others]) <= 1e-12
+    assert relative_error(found[~others], whole[~others]) > 0.1
+
+
 def test_tokens_do_not_see_what_comes_after():
     model = build_model(tiny_config([]).model, 0, torch.float64)
     ids = torch.randint(0, 64, (1, 20), generator=torch.Generator().manual_seed(2))
@@ -256,5 +341,7 @@ def test_values_at_the_start():
     )
     assert bool((mixer.ssm.D == 1).all())
     assert not torch.equal(model.layers["0"].mixer.x_proj.weight, model.layers["1"].mixer.x_proj.weight)
+    first = build_model(tiny_config(["model.pattern=m"]).model, 7).layers["0"].mixer.ssm
+    assert torch.equal(first.A_log.exp().round(), torch.arange(1.0, 17).expand(64, 16))
     assert torch.equal(mixer.x_proj.weight, build_model(config, 7).layers["0"].mixer.x_proj.weight)
     assert not torch.equal(mixer.x_proj.weight, build_model(config, 8).layers["0"].mixer.x_proj.weight)

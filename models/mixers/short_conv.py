@@ -1,0 +1,63 @@
+"""The short convolution before a recurrence, of one or more inputs whose channels shard differently."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...kernels.conv import causal_conv
+from ...kernels.documents import Documents
+from ...parallel.halo import Halo, SequenceHalo
+from ..initialization import Initializers, uniform_fan_in, zeros
+from ..sharding import Sharding, Split, SplitGroups
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution and SiLU of several inputs, which share one halo."""
+
+    def __init__(self, width: int, **inputs: tuple[int, Split | SplitGroups]) -> None:
+        """width: taps. inputs: by name, the channels of each and how tp cuts them; `NAME_weight` [c, width], `NAME_bias` [c]."""
+        super().__init__()
+        self.names, self.reach = list(inputs), width - 1
+        self.sharding: Sharding = {}
+        self.initializers: Initializers = {}
+        for name, (channels, split) in inputs.items():
+            self.register_parameter(f"{name}_weight", nn.Parameter(torch.empty(channels, width)))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(channels)))
+            self.sharding |= {f"{name}_weight": split, f"{name}_bias": split}
+            self.initializers |= {f"{name}_weight": uniform_fan_in, f"{name}_bias": zeros}
+        self.halo: SequenceHalo | None = None
+
+    def start_halo(self, *inputs: Tensor) -> Halo | None:
+        """Sends the last tokens of each segment on to the next; None where the whole sequence is here."""
+        if self.halo is None:
+            return None
+        tails = [t.unflatten(1, (self.halo.segments, -1))[:, :, -self.reach :] for t in inputs]
+        return self.halo.start(torch.cat(tails, -1))
+
+    def forward(self, *inputs: Tensor, halo: Tensor | None, documents: Documents | None) -> list[Tensor]:
+        """Each [b, l, c], the tokens before each segment or None, documents if packed -> as many of the same shapes."""
+        halos = [None] * len(inputs) if halo is None else halo.split([x.shape[-1] for x in inputs], -1)
+        positions = None if documents is None else documents.positions
+        return [
+            causal_conv(x, weight, bias, before, positions)
+            for x, (weight, bias), before in zip(inputs, self._taps(), halos, strict=True)
+        ]
+
+    def new_tail(self, b: int) -> Tensor:
+        """The inputs [b, w - 1, c] before the first token of b sequences, one after another along the channels."""
+        weights = [weight for weight, _ in self._taps()]
+        return weights[0].new_zeros(b, self.reach, sum(map(len, weights)))
+
+    def step(self, inputs: list[Tensor], tail: Tensor) -> list[Tensor]:
+        """The next token, each input [b, c] -> as many of the same shapes; the tail [b, w - 1, c] goes on by it."""
+        window = torch.cat([tail, torch.cat(inputs, -1)[:, None]], 1)
+        tail.copy_(window[:, 1:])
+        windows = window.split([x.shape[-1] for x in inputs], -1)
+        return [
+            F.silu(torch.einsum("bwc,cw->bc", own, weight) + bias)
+            for own, (weight, bias) in zip(windows, self._taps(), strict=True)
+        ]
+
+    def _taps(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of each input."""
+        return [(getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")) for name in self.names]

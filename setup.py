@@ -36,7 +36,10 @@ setup(
         "numpy>=1.26",
     ],
     extras_require={
+        "hf": ["transformers>=5.20"],
         "dev": [
+            "transformers>=5.20",
+            "mambapy>=1.2",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
@@ -45,7 +48,7 @@ setup(
             "types-PyYAML",
             "setuptools>=70",
             "wheel",
-        ]
+        ],
     },
     entry_points={"console_scripts": ["baton = baton.launcher.cli:main"]},
 )

@@ -313,8 +313,19 @@ class ParallelConfig(Section):
 class TokenizerConfig(Section):
     """How text becomes tokens."""
 
-    kind: Literal["bpe", "byte"] = "bpe"
-    """bpe: trained on the corpus, model.vocab_size tokens; byte: 256 bytes and the end of document."""
+    kind: Literal["bpe", "byte", "file"] = "bpe"
+    """bpe: trained on the corpus, model.vocab_size tokens; byte: 256 bytes and the end of document; file: one that is there."""
+    file: Path | None = None
+    """A tokenizer.json of Hugging Face's library, for kind file."""
+    end: str = "<|endoftext|>"
+    """Its token at a document's end."""
+
+    @model_validator(mode="after")
+    def _file_is_named(self) -> Self:
+        if (self.kind == "file") != (self.file is not None):
+            allowed = "a file" if self.kind == "file" else "null"
+            raise KeyedError("file", f"is {self.file}, allowed with kind {self.kind}: {allowed}")
+        return self
 
 
 class DataConfig(Section):
@@ -407,6 +418,8 @@ class Config(Section):
     """Of the computation; bf16 keeps parameters, gradients' sums, A_log, D, dt_bias and the router in fp32."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """auto: Triton kernels on CUDA and ROCm where they take the sizes, PyTorch elsewhere; triton: an error where they do not."""
+    start_from: Path | None = None
+    """A checkpoint, or a run's folder with some, whose weights a new run begins with; null: random ones."""
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig

@@ -2,7 +2,7 @@
 
 import typer
 
-from .commands import bench, checkpoint, data, plan, train, verify
+from .commands import bench, checkpoint, convert, data, plan, train, verify
 
 app = typer.Typer(
     name="baton",
@@ -17,6 +17,7 @@ app.command("plan")(plan.plan)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(convert.app, name="convert")
 
 
 def _version(asked: bool) -> None:

@@ -100,6 +100,24 @@ class Checkpointer:
         state = self._state()
         if facts["world"] != dist.get_world_size():
             del state["random"]
+        self._read(state, folder)
+        if "random" in state:
+            torch.set_rng_state(state["random"][str(dist.get_rank())])
+        return facts["step"], facts["consumed"]
+
+    def load_weights(self, folder: Path) -> None:
+        """Reads the parameters and buffers of a checkpoint in place, whatever wrote it, and nothing else.
+
+        Raises UserError: truncated, another model's, or trained with another tokenizer.
+        """
+        facts = read_manifest(folder)
+        self._check_model(folder)
+        if facts["tokenizer"] not in (None, tokenizer_digest(self.config.data.folder)):
+            raise UserError(f"{folder} was trained with another tokenizer than {self.config.data.folder}/tokenizer.json")
+        tensors = {**dict(self.stages.named_parameters()), **dict(self.stages.named_buffers())}
+        self._read({"model": tensors}, folder)
+
+    def _read(self, state: dict[str, dict[str, Tensor]], folder: Path) -> None:
         try:
             with naming_the_missing("checkpoint"):
                 state["model"] = _without_new_buffers(state["model"], folder)
@@ -108,9 +126,6 @@ class Checkpointer:
             raise
         except (Exception, CheckpointException) as error:  # the library's own is no Exception
             raise UserError(f"{folder}: cannot be read: {_reason(error)}") from None
-        if "random" in state:
-            torch.set_rng_state(state["random"][str(dist.get_rank())])
-        return facts["step"], facts["consumed"]
 
     def _state(self) -> dict[str, dict[str, Tensor]]:
         """Tensors that are read in place. Settings such as the learning rate are not among them: the config's count."""
@@ -147,16 +162,19 @@ class Checkpointer:
 
     def _check(self, folder: Path) -> dict[str, Any]:
         facts = read_manifest(folder)
-        saved, now = _shapes(_read_model(folder)), _shapes(self.config.model)
-        for key in {**now, **saved}:
-            if (before := saved.get(key)) != (value := now.get(key)):
-                raise UserError(f"{folder} is of another model: its model.{key} is {before!r}, the config's {value!r}")
+        self._check_model(folder)
         if facts["tokenizer"] != tokenizer_digest(self.config.data.folder):
             raise UserError(f"{folder} was trained with another tokenizer than {self.config.data.folder}/tokenizer.json")
         for key, value in self._data_facts().items():
             if facts["data"][key] != value:
                 raise UserError(f"{folder} was trained on other data: its {key} is {facts['data'][key]}, now {value}")
         return facts
+
+    def _check_model(self, folder: Path) -> None:
+        saved, now = _shapes(_read_model(folder)), _shapes(self.config.model)
+        for key in {**now, **saved}:
+            if (before := saved.get(key)) != (value := now.get(key)):
+                raise UserError(f"{folder} is of another model: its model.{key} is {before!r}, the config's {value!r}")
 
 
 class _Writer(FileSystemWriter):

@@ -16,6 +16,7 @@ from ...models.hybrid import Losses, MicroStep
 from ...models.stages import Stages, build_stages
 from ...parallel.gradients import clip, total_norm
 from ...parallel.mesh import Mesh, build_mesh
+from ..checkpoints.manifest import find_checkpoint
 from ..environment import Environment
 from .checkpoint import Checkpointer
 from .data import Loader, Samples
@@ -127,6 +128,11 @@ class Trainer:
         if found := checkpoints(self.config.run):
             self.done, self.consumed = self.checkpointer.load(found[-1])
 
+    def start(self) -> None:
+        """Takes the weights that the config starts from, if it names any."""
+        if self.config.start_from is not None:
+            self.checkpointer.load_weights(find_checkpoint(self.config.start_from))
+
     def continue_prompt(self) -> str:
         """A prompt and what the model thinks follows."""
         ids = self.tokenizer.encode(PROMPT, add_special_tokens=False).ids
@@ -198,6 +204,8 @@ def run_training(config: Config, environment: Environment, resume: bool, stop_at
     trainer = Trainer(config, environment)
     if resume:
         trainer.resume()
+    if trainer.done == 0:
+        trainer.start()
     last = min(config.schedule.steps, stop_at or config.schedule.steps)
     reporter = Reporter(config, trainer.done) if environment.leads else None
     try:

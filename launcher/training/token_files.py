@@ -33,7 +33,7 @@ def prepare(config: Config) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         _check_settings(folder, settings)
         return
-    if config.model.vocab_size < BYTES:
+    if config.model.vocab_size < BYTES and config.data.tokenizer.file is None:
         raise UserError(f"model.vocab_size is {config.model.vocab_size}, allowed: at least {BYTES}, for every byte and the end")
     console = Console(stderr=True, highlight=False)
     source = ", ".join(config.data.input) or "the Python standard library"
@@ -65,7 +65,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "input": config.data.input,
         "max_bytes": config.data.max_bytes,
         "validation_fraction": config.data.validation_fraction,
-        "tokenizer": config.data.tokenizer.kind,
+        "tokenizer": _digest(config.data.tokenizer.file) if config.data.tokenizer.file else config.data.tokenizer.kind,
         "vocab_size": config.model.vocab_size if config.data.tokenizer.kind == "bpe" else None,
     }
 
@@ -88,9 +88,8 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
 def _write(folder: Path, texts: list[str], config: Config) -> dict[str, int]:
     """Tokenizer and both splits -> tokens in each. The end of the text is the validation split: files come in a mixed order."""
     data = config.data
-    tokenizer = train_bpe(texts, config.model.vocab_size) if data.tokenizer.kind == "bpe" else byte_tokenizer()
+    tokenizer, end = _tokenizer_and_end(texts, config)
     tokenizer.save(str(folder / "tokenizer.json"))
-    end = tokenizer.token_to_id(END_OF_DOCUMENT)
     encoded = [np.array([*encoding.ids, end]) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
     total = sum(len(ids) for ids in encoded)
     counts = {"train": total - round(total * data.validation_fraction)}
@@ -107,6 +106,23 @@ def _write(folder: Path, texts: list[str], config: Config) -> dict[str, int]:
     for split, parts in zip(SPLITS, (train, validation), strict=True):
         _write_split(folder / split, parts, tokenizer.get_vocab_size())
     return counts
+
+
+def _tokenizer_and_end(texts: list[str], config: Config) -> tuple[Any, int]:
+    """The config's, made or read, and its token at a document's end."""
+    asked = config.data.tokenizer
+    if asked.file is None:
+        made = train_bpe(texts, config.model.vocab_size) if asked.kind == "bpe" else byte_tokenizer()
+        own_end = made.token_to_id(END_OF_DOCUMENT)
+        assert own_end is not None
+        return made, own_end
+    tokenizer = load_tokenizer(asked.file)
+    end, size, most = tokenizer.token_to_id(asked.end), tokenizer.get_vocab_size(), config.model.vocab_size
+    if end is None:
+        raise UserError(f"data.tokenizer.end is {asked.end!r}, allowed: a token of {asked.file}")
+    if size > most:
+        raise UserError(f"{asked.file}: {size} tokens, more than model.vocab_size, {most}")
+    return tokenizer, end
 
 
 def _write_split(prefix: Path, encoded: list[Any], vocab_size: int) -> None:
@@ -174,4 +190,9 @@ def read_tokenizer(config: Config) -> Any:
 
 def tokenizer_digest(folder: Path) -> str:
     """Tells one tokenizer from another."""
-    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    return _digest(folder / "tokenizer.json")
+
+
+def _digest(file: Path) -> str:
+    # As the library writes it: another writer's file may be of the same tokenizer.
+    return hashlib.sha256(load_tokenizer(file).to_str(pretty=True).encode()).hexdigest()

@@ -1,0 +1,58 @@
+"""A checkpoint's tensors one at a time, read and written without a process group and without holding more than one."""
+
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.planner import WriteItem
+
+from ...configs.errors import UserError
+from .contents import MODEL, Contents
+
+
+class CheckpointTensors:
+    """The tensors of a checkpoint's model."""
+
+    def __init__(self, contents: Contents) -> None:
+        self.contents = contents
+        self.entries = {entry.name: entry for entry in contents.entries}
+        self.reader = FileSystemReader(contents.folder)
+        self.reader.set_up_storage_reader(contents.metadata, True)
+
+    def read(self, name: str) -> Tensor:
+        """One, put together from its pieces. Raises UserError."""
+        entry = self.entries[name]
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        planner = DefaultLoadPlanner(flatten_state_dict=False)
+        planner.set_up_planner({MODEL + name: tensor}, self.contents.metadata, True)
+        try:
+            self.reader.read_data(planner.create_local_plan(), planner)
+        except (ValueError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UserError(f"{self.contents.folder}: {name} cannot be read: {error}") from None
+        return tensor
+
+
+class _Lazily(DefaultSavePlanner):
+    """Asks for a tensor when it is written."""
+
+    def __init__(self, read: Callable[[str], Tensor]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self.read = read
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """As the writer calls it."""
+        return self.read(write_item.index.fqn.removeprefix(MODEL))
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor], read: Callable[[str], Tensor]) -> None:
+    """Writes the model's tensors, of which `tensors` has the shapes and dtypes, on no device, and `read` gives the numbers."""
+    state = {MODEL + name: tensor for name, tensor in tensors.items()}
+    with warnings.catch_warnings():
+        # That one process writes is what is meant.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        dcp.save(state, storage_writer=FileSystemWriter(folder), planner=_Lazily(read), no_dist=True)

@@ -1,0 +1,69 @@
+"""`baton convert`: Hugging Face's models in and out."""
+
+from pathlib import Path
+
+import typer
+
+app = typer.Typer(help="Hugging Face's models in and out: Jamba, Mamba2, Bamba, GraniteMoeHybrid, NemotronH.", no_args_is_help=True)
+HF_DIR = typer.Argument(metavar="HF_DIR", help="A folder with config.json and safetensors.")
+CHECKPOINT = typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run's folder: its newest.")
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+@app.command("from-hf")
+def from_hf(
+    folder: Path = HF_DIR,
+    out: Path = typer.Argument(metavar="OUT", help="The checkpoint to write; it must not be there."),
+) -> None:
+    """Make a checkpoint of which any mesh trains on, with a config for it; one tensor is in memory at a time."""
+    from ..errors import user_errors
+
+    with user_errors():
+        from ..conversion.from_hf import convert_from_hf
+        from ..conversion.report import print_imported
+
+        print_imported(convert_from_hf(folder, out), out)
+
+
+@app.command("to-hf")
+def to_hf(
+    checkpoint: Path = CHECKPOINT,
+    out: Path = typer.Argument(metavar="OUT", help="The folder to write; it must not be there."),
+    model_type: str | None = typer.Option(
+        None, "--type", help="jamba, mamba2, bamba, granitemoehybrid or nemotron_h; unless given, the first that computes the same."
+    ),
+    dtype: str | None = typer.Option(None, help="bf16 or fp32, but for A_log, D, dt_bias; unless given, as it is."),
+) -> None:
+    """Make a folder that transformers reads; one tensor is in memory at a time."""
+    from ..errors import user_errors
+
+    with user_errors():
+        from ..conversion.report import print_exported
+        from ..conversion.to_hf import convert_to_hf, parse_dtype, parse_type
+
+        print_exported(convert_to_hf(checkpoint, out, parse_type(model_type), parse_dtype(dtype)), out)
+
+
+@app.command()
+def check(
+    folder: Path = HF_DIR,
+    checkpoint: Path = CHECKPOINT,
+    tokens: Path | None = typer.Option(None, help="A file of token ids, with blanks between them; unless given, 64 at random."),
+    reference: Path | None = typer.Option(
+        None, help="A safetensors file that --write-reference has written: transformers is then not needed."
+    ),
+    write_reference: Path | None = typer.Option(None, help="Where to write what transformers computed."),
+    tolerance: float = typer.Option(1e-5, min=0.0, help="Largest difference over the largest value that is allowed."),
+    json: Path | None = typer.Option(None, help="Where the errors go."),
+) -> None:
+    """Compare logits, loss, auxiliary loss and every gradient with transformers, in fp32."""
+    from ..errors import user_errors
+
+    with user_errors():
+        from ..conversion.check import check_conversion
+
+        check_conversion(folder, checkpoint, tokens, reference, write_reference, tolerance, json)

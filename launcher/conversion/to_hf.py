@@ -1,0 +1,75 @@
+"""A checkpoint here becomes one of Hugging Face's."""
+
+import shutil
+from pathlib import Path
+
+import torch
+import yaml
+from rich.progress import track
+from torch import Tensor
+
+from ...configs.errors import UserError
+from ...configs.schema import ModelConfig
+from ...models.hf import write_checkpoint
+from ...models.hf.families import FAMILIES
+from ...models.hf.files import CONFIG, read_json
+from ...models.hf.tensors import is_exact
+from ..checkpoints.contents import Contents, read_contents
+from ..checkpoints.manifest import find_checkpoint
+from ..checkpoints.tensors import CheckpointTensors
+from .from_hf import ORIGINAL, TOKENIZER, copy_beside
+
+
+def convert_to_hf(checkpoint: Path, out: Path, model_type: str | None = None, dtype: torch.dtype | None = None) -> str:
+    """Writes the folder `out`, complete or not at all -> the family's model_type. Raises UserError.
+
+    checkpoint: or a run's folder, of which the newest is taken. model_type: None: what it was imported as, or else the first family
+    that computes the same. dtype: of what need not be fp32; None: as it is.
+    """
+    contents = read_contents(find_checkpoint(checkpoint))
+    model, original = read_model(contents), find_original(contents)
+    values = {} if original is None else read_json(original / CONFIG)
+    reader = CheckpointTensors(contents)
+    dtypes = {name: dtype if dtype and not is_exact(name) else entry.dtype for name, entry in reader.entries.items()}
+    bar = iter(track(range(len(dtypes)), "converting", transient=True))
+
+    def read(name: str) -> Tensor:
+        next(bar, None)
+        return reader.read(name)
+
+    def add_beside(folder: Path) -> None:
+        if original is not None:
+            copy_beside(original, folder)
+        elif (contents.folder / TOKENIZER).is_file():
+            shutil.copyfile(contents.folder / TOKENIZER, folder / TOKENIZER)
+
+    return write_checkpoint(out, model, read, dtypes, values, model_type, add_beside)
+
+
+def read_model(contents: Contents) -> ModelConfig:
+    """Of a checkpoint. Raises UserError."""
+    try:
+        return ModelConfig.model_validate(contents.config["model"])
+    except (KeyError, ValueError, yaml.YAMLError):
+        raise UserError(f"{contents.folder}/config.yaml: is damaged, or of another version of baton") from None
+
+
+def find_original(contents: Contents) -> Path | None:
+    """Their files, which a checkpoint, or the one that its run started from, was imported with."""
+    places = [contents.folder, Path(str(contents.config.get("start_from") or contents.folder))]
+    return next((place / ORIGINAL for place in places if (place / ORIGINAL / CONFIG).is_file()), None)
+
+
+def parse_type(model_type: str | None) -> str | None:
+    """--type. Raises UserError."""
+    if model_type is not None and model_type not in FAMILIES:
+        raise UserError(f"--type is {model_type!r}, allowed: {', '.join(FAMILIES)}")
+    return model_type
+
+
+def parse_dtype(dtype: str | None) -> torch.dtype | None:
+    """--dtype. Raises UserError."""
+    allowed = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    if dtype is not None and dtype not in allowed:
+        raise UserError(f"--dtype is {dtype!r}, allowed: {', '.join(allowed)}")
+    return None if dtype is None else allowed[dtype]

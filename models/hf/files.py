@@ -1,0 +1,156 @@
+"""Folders of safetensors: read by name, written one tensor after another.
+
+The format (https://huggingface.co/docs/safetensors): the header's length in 8 bytes, little-endian; the header, JSON with each
+tensor's dtype, shape and place in what follows; the tensors' bytes, row by row, with nothing between them.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ...configs.errors import UserError
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+"""Of a file, at most, where there are several; the hub's own limit."""
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""The format's names of what models are made of."""
+ALIGNMENT = 8
+"""Bytes that the header is filled up to, so that tensors can be mapped into memory where they are."""
+
+
+class Described(NamedTuple):
+    """A tensor before its numbers are there."""
+
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @property
+    def bytes(self) -> int:
+        """Of its numbers."""
+        return self.shape.numel() * self.dtype.itemsize
+
+
+def write_file(file: Path, table: Sequence[Described], tensors: Iterable[Tensor], metadata: dict[str, str]) -> None:
+    """Writes tensors as they come, in the order of the table. Raises OSError."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for described in table:
+        begin, end = end, end + described.bytes
+        header[described.name] = {
+            "dtype": DTYPES[described.dtype],
+            "shape": list(described.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    with file.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for tensor, described in zip(tensors, table, strict=True):
+            assert (tensor.dtype, tensor.shape) == (described.dtype, described.shape), described.name
+            out.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def write_folder(folder: Path, table: Sequence[Described], read: Callable[[str], Tensor], shard_bytes: int) -> None:
+    """One file, or several with an index, of tensors that are read one after another. Raises OSError."""
+    shards: list[list[Described]] = [[]]
+    for described in table:
+        if shards[-1] and sum(each.bytes for each in shards[-1]) + described.bytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(described)
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        # Wide numbers first: each tensor then begins at a multiple of its numbers' size.
+        shard = sorted(shard, key=lambda each: -each.dtype.itemsize)
+        write_file(folder / name, shard, (read(each.name) for each in shard), {"format": "pt"})
+        places |= dict.fromkeys((each.name for each in shard), name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(each.bytes for each in table)}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
+
+
+class TensorFiles:
+    """The tensors of a folder, in one file or several."""
+
+    def __init__(self, folder: Path, usual: Callable[[str], str]) -> None:
+        """usual: the name by which a tensor is asked for, of that in the files. Raises UserError."""
+        self.folder = folder
+        self.places = {usual(name): (file, name) for file, names in self._files().items() for name in names}
+        self._open: tuple[Path, Any] | None = None
+
+    def _files(self) -> dict[Path, list[str]]:
+        index = self.folder / INDEX
+        if not index.is_file():
+            if not (self.folder / SINGLE).is_file():
+                raise UserError(f"{self.folder}: neither {SINGLE} nor {INDEX} is there; other formats are not read")
+            return {self.folder / SINGLE: self._names(self.folder / SINGLE)}
+        try:
+            listed = dict(json.loads(index.read_text())["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{index}: damaged: no weight_map") from None
+        files = {file: self._names(file) for file in sorted({self.folder / file for file in listed.values()})}
+        for name, file in listed.items():
+            if name not in files[self.folder / file]:
+                raise UserError(f"{self.folder / file}: {name} is missing, which {INDEX} places there")
+        return files
+
+    def _names(self, file: Path) -> list[str]:
+        try:
+            with safe_open(file, "pt") as opened:
+                return list(opened.keys())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: cannot be read: {error}") from None
+
+    def shape(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        """Of a tensor, without reading it."""
+        file, own = self.places[name]
+        found = self._file(file).get_slice(own)
+        return torch.Size(found.get_shape()), next(dtype for dtype, text in DTYPES.items() if text == found.get_dtype())
+
+    def read(self, name: str) -> Tensor:
+        """A tensor. Raises UserError."""
+        file, own = self.places[name]
+        try:
+            return self._file(file).get_tensor(own)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: {own} cannot be read: {error}") from None
+
+    def _file(self, file: Path) -> Any:
+        """Open, one at a time: what was read of it stays in memory until it is closed."""
+        if self._open is None or self._open[0] != file:
+            self._open = file, safe_open(file, "pt").__enter__()
+        return self._open[1]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file's keys. Raises UserError."""
+    try:
+        values = json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: holds no keys")
+    return values
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where a folder is written before it has its name. Raises UserError where that is taken."""
+    if folder.exists():
+        raise UserError(f"{folder} exists; allowed: a folder that does not")
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{partial}: {error.strerror or error}") from None
+    return partial

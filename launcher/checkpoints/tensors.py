@@ -3,16 +3,23 @@
 import pickle
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from ...configs.errors import UserError
 from .contents import MODEL, Contents
+
+FILE_BYTES = 1 << 28
+"""Of a file that is written here, unless a tensor alone is larger."""
 
 
 class CheckpointTensors:
@@ -49,10 +56,40 @@ class _Lazily(DefaultSavePlanner):
         return self.read(write_item.index.fqn.removeprefix(MODEL))
 
 
+class _InFiles(FileSystemWriter):
+    """Writes several files one after another: PyTorch's writer holds what a file has until that is complete."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+        """As the library calls it."""
+        lots: list[list[WriteItem]] = [[]]
+        filled = 0
+        for item in plan.items:
+            assert item.tensor_data is not None
+            size = item.tensor_data.size.numel() * item.tensor_data.properties.dtype.itemsize
+            if lots[-1] and filled + size > FILE_BYTES:
+                lots.append([])
+                filled = 0
+            lots[-1].append(item)
+            filled += size
+        written: list[WriteResult] = []
+        for number, items in enumerate(lots):
+            prefix = replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
+            written += super().write_data(replace(plan, items=items, storage_data=prefix), planner).wait()
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(written)
+        return done
+
+
 def write_tensors(folder: Path, tensors: dict[str, Tensor], read: Callable[[str], Tensor]) -> None:
-    """Writes the model's tensors, of which `tensors` has the shapes and dtypes, on no device, and `read` gives the numbers."""
+    """Writes the model's tensors, of which `tensors` has the shapes and dtypes, on no device, and `read` gives the numbers.
+
+    Raises what `read` does, and OSError.
+    """
     state = {MODEL + name: tensor for name, tensor in tensors.items()}
     with warnings.catch_warnings():
         # That one process writes is what is meant.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        dcp.save(state, storage_writer=FileSystemWriter(folder), planner=_Lazily(read), no_dist=True)
+        try:
+            dcp.save(state, storage_writer=_InFiles(folder), planner=_Lazily(read), no_dist=True)
+        except CheckpointException as error:
+            raise error.failures[0][0] from None

@@ -110,9 +110,9 @@ class Checkpointer:
 
         Raises UserError: truncated, another model's, or trained with another tokenizer.
         """
-        facts = read_manifest(folder)
+        digest = read_manifest(folder)["tokenizer"]
         self._check_model(folder)
-        if facts["tokenizer"] not in (None, tokenizer_digest(self.config.data.folder)):
+        if digest is not None and digest != tokenizer_digest(self.config.data.folder):
             raise UserError(f"{folder} was trained with another tokenizer than {self.config.data.folder}/tokenizer.json")
         tensors = {**dict(self.stages.named_parameters()), **dict(self.stages.named_buffers())}
         self._read({"model": tensors}, folder)

@@ -81,8 +81,8 @@ def write_checkpoint(
 ) -> str:
     """Writes our tensors as a checkpoint of Hugging Face's, complete or not at all -> its model_type.
 
-    read: one of our tensors by name; dtypes: of each. original: the config.json that the model came with, for the keys of which the
-    model knows nothing. model_type: of the family, None: the first that computes the same. extra: writes more into the folder, first.
+    read: one of our tensors by name; dtypes: of each. original: the config.json that the model came with, for the keys that the
+    model does not know. model_type: of the family, None: the first that computes the same. extra: writes more into the folder.
     Raises UserError where no family computes the same, the folder exists, or it cannot be written; and AssertionError where what
     would be written is not what `HFCheckpoint` reads.
     """

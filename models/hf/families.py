@@ -102,7 +102,7 @@ def write_config(model: ModelConfig, model_type: str | None = None) -> Values:
 
 
 def _written(model: ModelConfig, family: Family) -> Values:
-    leaves, used = _leaves(model), _used(model)
+    leaves, used = _leaves(model) | {"mamba2.heads": model.mamba2_heads}, _used(model)
     values: Values = {"model_type": family.model_type, "architectures": [family.architecture]}
     for key, names in family.keys.items():
         of_parts = [name for name in _names(names) if "." not in name or name.partition(".")[0] in used]
@@ -192,15 +192,15 @@ def _limit(model: ModelConfig) -> Values:
     return {"time_step_limit": [model.mamba2.dt_min, {"__float__": "Infinity"} if high is None else high]}
 
 
-def _rope(values: Values, fraction: float) -> Values:
-    """fraction: where the file does not say it."""
+def _rope(values: Values) -> Values:
+    """Without the fraction of a head's dims."""
     rope = values.get("rope_parameters") or {}
     scaling = values.get("rope_scaling") or {}
     kind = rope.get("rope_type", scaling.get("rope_type", scaling.get("type", "default")))
     if kind != "default":
         raise KeyedError("rope_parameters.rope_type" if rope else "rope_scaling", f"is {kind!r}, allowed: 'default'")
     theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
-    return {"attention.rope": {"theta": theta, "fraction": rope.get("partial_rotary_factor", fraction)}}
+    return {"theta": theta}
 
 
 def _jamba_read(values: Values) -> Values:
@@ -273,19 +273,21 @@ def _ssd_write(model: ModelConfig) -> Values:
 def _bamba_read(values: Values) -> Values:
     attention = values["attn_layer_indices"] or []
     pattern = "".join("*-" if i in attention else "M-" for i in range(values["num_hidden_layers"]))
-    return {"pattern": pattern} | _rope(values, 0.5) | _ssd_read(values)
+    fraction = (values.get("rope_parameters") or {}).get("partial_rotary_factor", 0.5)
+    return {"pattern": pattern, "attention.rope": _rope(values) | {"fraction": fraction}} | _ssd_read(values)
 
 
 def _bamba_write(model: ModelConfig) -> Values:
     indices = [i for i, layer in enumerate(model.layers) if layer.mixer == "attention"]
-    return {"attn_layer_indices": indices, **_rope_written(model), **_ssd_write(model)}
+    rope = _rope_written(model)
+    if model.attention.rope is not None:
+        rope["rope_parameters"]["partial_rotary_factor"] = model.attention.rope.fraction
+    return {"attn_layer_indices": indices, **rope, **_ssd_write(model)}
 
 
 def _rope_written(model: ModelConfig) -> Values:
     rope = model.attention.rope
-    if rope is None:
-        return {}
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": rope.theta, "partial_rotary_factor": rope.fraction}}
+    return {} if rope is None else {"rope_parameters": {"rope_type": "default", "rope_theta": rope.theta}}
 
 
 def _granite_read(values: Values) -> Values:
@@ -299,7 +301,7 @@ def _granite_read(values: Values) -> Values:
     position = values["position_embedding_type"]
     if position not in (None, "rope", "nope"):
         raise KeyedError("position_embedding_type", f"is {position!r}, allowed: null, 'nope', 'rope'")
-    return ours | (_rope(values, 1.0) if position == "rope" else {}) | _ssd_read(values)
+    return ours | ({"attention.rope": _rope(values)} if position == "rope" else {}) | _ssd_read(values)
 
 
 def _granite_write(model: ModelConfig) -> Values:

@@ -83,9 +83,21 @@ class TensorFiles:
 
     def __init__(self, folder: Path, usual: Callable[[str], str]) -> None:
         """usual: the name by which a tensor is asked for, of that in the files. Raises UserError."""
-        self.folder = folder
-        self.places = {usual(name): (file, name) for file, names in self._files().items() for name in names}
-        self._open: tuple[Path, Any] | None = None
+        self.folder, self.usual = folder, usual
+        self.places: dict[str, tuple[Path, str]] = {}
+        self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        for file, names in self._files().items():
+            self._note(file, names)
+
+    def _note(self, file: Path, names: list[str]) -> None:
+        with safe_open(file, "pt") as opened:
+            for name in names:
+                found = opened.get_slice(name)
+                dtype = next((dtype for dtype, text in DTYPES.items() if text == found.get_dtype()), None)
+                if dtype is None:
+                    raise UserError(f"{file}: {name} is {found.get_dtype()}, allowed: {', '.join(DTYPES.values())}")
+                self.places[self.usual(name)] = file, name
+                self.shapes[self.usual(name)] = torch.Size(found.get_shape()), dtype
 
     def _files(self) -> dict[Path, list[str]]:
         index = self.folder / INDEX
@@ -111,24 +123,18 @@ class TensorFiles:
             raise UserError(f"{file}: cannot be read: {error}") from None
 
     def shape(self, name: str) -> tuple[torch.Size, torch.dtype]:
-        """Of a tensor, without reading it."""
-        file, own = self.places[name]
-        found = self._file(file).get_slice(own)
-        return torch.Size(found.get_shape()), next(dtype for dtype, text in DTYPES.items() if text == found.get_dtype())
+        """Of a tensor, without reading it. Raises UserError, also for a type that is none of DTYPES."""
+        return self.shapes[name]
 
     def read(self, name: str) -> Tensor:
         """A tensor. Raises UserError."""
         file, own = self.places[name]
         try:
-            return self._file(file).get_tensor(own)
+            # Opened for each: what is read of a file stays mapped into memory as long as it is open.
+            with safe_open(file, "pt") as opened:
+                return opened.get_tensor(own)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: {own} cannot be read: {error}") from None
-
-    def _file(self, file: Path) -> Any:
-        """Open, one at a time: what was read of it stays in memory until it is closed."""
-        if self._open is None or self._open[0] != file:
-            self._open = file, safe_open(file, "pt").__enter__()
-        return self._open[1]
 
 
 def read_json(file: Path) -> dict[str, Any]:

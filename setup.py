@@ -36,7 +36,7 @@ setup(
         "numpy>=1.26",
     ],
     extras_require={
-        "hf": ["transformers>=5.20"],
+        "hf": ["transformers>=5.20", "mambapy>=1.2"],
         "dev": [
             "transformers>=5.20",
             "mambapy>=1.2",

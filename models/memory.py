@@ -161,26 +161,28 @@ def _mamba2(w: Workload) -> Terms:
     maps = w.b * count_maps(w.b, t // w.b, w.mamba_heads, w.layout.segments_per_rank, sizes.chunk_size, w.size, w.fused)
     terms = _norm(w) | _normed(w)
     before = t * (w.inner + w.shared) * w.size
-    terms |= {"x, B and C before the conv": before} if w.fused else {"x, B and C in the conv": 2 * before}
     terms |= {
+        "x, B and C before the conv": before,
         "x, B and C": before,
         "dt": t * w.mamba_heads * w.size,
         "entering states": maps * w.inner * sizes.state_dim * w.wide,
     }
-    gate = {"y, z": 2 * t * w.inner * w.size} if w.fused else {"y, z and the gate's steps": 5 * t * w.inner * w.wide}
-    return terms | gate | {"gated norm's statistics": t * w.groups * w.wide, "gated norm": t * w.inner * w.size}
+    return terms | {
+        "y, z": 2 * t * w.inner * w.size,
+        "gated norm's statistics": t * w.groups * w.wide,
+        "gated norm": t * w.inner * w.size,
+    }
 
 
 def _mamba(w: Workload) -> Terms:
     t, sizes, inner, rank = w.tokens, w.model.mamba, w.mamba_inner, w.model.dt_rank
     maps = w.b * count_selective_maps(w.b, t // w.b, inner, w.layout.segments_per_rank, w.fused)
     each, dtbc = t * inner * w.size, t * (rank + 2 * sizes.state_dim) * w.size
-    terms = _norm(w) | _normed(w) | {"x before the conv" if w.fused else "x in the conv": each if w.fused else 2 * each}
-    terms |= {"x": each, "dt": each, "dt, B and C": dtbc}
+    terms = _norm(w) | _normed(w) | {"x before the conv": each, "x": each, "dt": each, "dt, B and C": dtbc}
     terms["entering states"] = maps * inner * (sizes.state_dim + 1) * w.wide
     if sizes.norms:
         terms["norms of dt, B and C"] = (1 if w.fused else 2) * dtbc + 3 * t * w.wide
-    return terms | _gated(w, each)
+    return terms | _gated(each)
 
 
 def _attention(w: Workload) -> Terms:
@@ -197,16 +199,15 @@ def _attention(w: Workload) -> Terms:
 
 def _mlp(w: Workload) -> Terms:
     each = w.tokens * (w.model.mlp.hidden // w.parallel.tp) * w.size
-    return _norm(w) | _normed(w) | _hidden(w, w.model.mlp.activation, each)
+    return _norm(w) | _normed(w) | _hidden(w.model.mlp.activation, each)
 
 
-def _hidden(w: Workload, activation: Activation, each: int) -> Terms:
-    return _gated(w, each) if activation == "swiglu" else {"relu": each, "hidden units": each}
+def _hidden(activation: Activation, each: int) -> Terms:
+    return _gated(each) if activation == "swiglu" else {"relu": each, "hidden units": each}
 
 
-def _gated(w: Workload, each: int) -> Terms:
-    terms = {"gate and up": 2 * each, "hidden units": each}
-    return terms if w.fused else terms | {"silu of the gate": each}
+def _gated(each: int) -> Terms:
+    return {"gate and up": 2 * each, "hidden units": each}
 
 
 def _moe(w: Workload) -> Terms:
@@ -219,11 +220,11 @@ def _moe(w: Workload) -> Terms:
         terms["shared expert's input"] = t * d * w.size
     each = w.rows * hidden * w.size
     terms |= {"rows' numbers": 2 * w.rows * INDEX, "rows": w.rows * d * w.size, "rows' weights": w.rows * w.size}
-    terms |= _hidden(w, sizes.activation, each)
-    if not w.fused or sizes.activation != "swiglu":
+    terms |= _hidden(sizes.activation, each)
+    if sizes.activation != "swiglu":
         terms["hidden units"] += each
     if sizes.shared_hidden:
-        shared = _hidden(w, sizes.activation, t * (sizes.shared_hidden // w.parallel.tp) * w.size)
+        shared = _hidden(sizes.activation, t * (sizes.shared_hidden // w.parallel.tp) * w.size)
         terms["shared expert's hidden units"] = sum(shared.values())
     return terms
 

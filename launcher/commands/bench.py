@@ -1,5 +1,6 @@
 """`baton bench`: measures what the machine gives."""
 
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -75,7 +76,7 @@ def kernels(
         from ..benchmarks.kernel_counts import print_counts
         from ..benchmarks.kernels import LENGTHS, QUICK_LENGTHS, bench_kernels
 
-        names = [_known(name, list(CASES)) for name in op] or list(CASES)
+        names = [_known("op", name, list(CASES)) for name in op] or list(CASES)
         lengths = _lengths(tokens) or (QUICK_LENGTHS if quick else LENGTHS)
         if model:
             print_counts(names, lengths)
@@ -83,20 +84,54 @@ def kernels(
             bench_kernels(names, lengths, quick, peers, json)
 
 
-def _known(name: str, names: list[str]) -> str:
+@app.command()
+def train(
+    peer: str = typer.Option(help="Beside whom: hf, which is Hugging Face's transformers."),
+    model: list[str] = typer.Option([], help="jamba, mamba2 or bamba, more than once for several; all unless given."),
+    tokens: str = typer.Option("", help="Lengths, 2048,8192 unless given."),
+    json: Path | None = typer.Option(None, help="Where the numbers go at the end."),
+    threads: int = typer.Option(1, help="Threads of PyTorch."),
+) -> None:
+    """Train the same small models with another project's code and with ours, on the CPU: tokens/s and memory side by side."""
+    from ..errors import user_errors
+
+    with user_errors():
+        _known("peer", peer, ["hf"])
+        _check_threads(threads)
+        from ..benchmarks.training import LENGTHS, MODELS, bench_training
+        from ..verification.report import check_writable
+
+        names = [_known("model", name, list(MODELS)) for name in model] or list(MODELS)
+        lengths = _lengths(tokens, least=2) or LENGTHS
+        if json is not None:
+            check_writable(json)
+        bench_training(names, lengths, threads, json)
+
+
+def _known(option: str, name: str, names: list[str]) -> str:
     from ...configs.errors import UserError
 
     if name not in names:
-        raise UserError(f"--op is {name!r}, allowed: {', '.join(names)}")
+        raise UserError(f"--{option} is {name!r}, allowed: {', '.join(names)}")
     return name
 
 
-def _lengths(tokens: str) -> list[int]:
+def _check_threads(threads: int) -> None:
+    from ...configs.errors import UserError
+
+    most = os.cpu_count() or 1
+    if not 1 <= threads <= most:
+        raise UserError(f"--threads is {threads}, allowed: 1 to {most}")
+
+
+def _lengths(tokens: str, least: int = 1) -> list[int]:
     from ...configs.errors import UserError
 
     parts = [part.strip() for part in tokens.split(",")] if tokens else []
-    if not all(part.isascii() and part.isdigit() and len(part) < 9 and 0 < int(part) <= 2**24 for part in parts):
-        raise UserError(f"--tokens is {tokens!r}, allowed: numbers from 1 to {2**24} with commas between them, such as 8192,32768")
+    if not all(part.isascii() and part.isdigit() and len(part) < 9 and least <= int(part) <= 2**24 for part in parts):
+        raise UserError(
+            f"--tokens is {tokens!r}, allowed: numbers from {least} to {2**24} with commas between them, such as 8192,32768"
+        )
     return [int(part) for part in parts]
 
 

@@ -97,10 +97,10 @@ def test_reference_in_blocks(monkeypatch):
 @pytest.fixture
 def short_segments(monkeypatch):
     """Of two chunks of the backward kernel, so that few tokens are many segments."""
-    from baton.kernels.selective_scan import fused
+    from baton.kernels.selective_scan import fused, segments
 
-    monkeypatch.setattr(fused, "SHORTEST_SEGMENT", 2 * fused.Q)
-    monkeypatch.setattr(fused, "LONGEST_SEGMENT", 2 * fused.Q)
+    monkeypatch.setattr(segments, "SHORTEST_SEGMENT", 2 * fused.Q)
+    monkeypatch.setattr(segments, "LONGEST_SEGMENT", 2 * fused.Q)
     return fused
 
 

@@ -186,6 +186,7 @@ def test_vectors_are_not_decayed():
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)].rsplit(".", 1)[-1] for p in kept} == {"A_log", "D", "dt_bias", "x_bias", "bc_bias", "weight"}
     assert all("norm" in names[id(p)] for p in kept if names[id(p)].endswith("weight"))
+    assert not any(names[id(p)].endswith("A_log") for p in decayed)
     assert len(decayed) + len(kept) == len(names)
 
 

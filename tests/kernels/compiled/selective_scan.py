@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from baton.kernels.selective_scan import fused
+from baton.kernels.selective_scan import fused, segments
 from huge import huge_tensor
 
 INF = float("inf")
@@ -43,5 +43,5 @@ def huge() -> Iterator[tuple[str, Callable[[], object]]]:
 
 def far() -> None:
     """In short segments, since a program goes through one, and all in one window."""
-    fused.LONGEST_SEGMENT, fused.WORKSPACE = fused.SHORTEST_SEGMENT, 1 << 50
+    segments.LONGEST_SEGMENT, fused.WORKSPACE = segments.SHORTEST_SEGMENT, 1 << 50
     call(lambda size: huge_tensor((1, 262144, size), torch.bfloat16), 16384, 2, True)

@@ -30,7 +30,8 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weights = ctx.saved_tensors
         g, u, d, w = _rows(gate), _rows(up), _rows(dy), None if weights is None else weights.reshape(-1, 1)
-        dg, du, dw = torch.empty_like(g), torch.empty_like(u), None if w is None else torch.empty_like(w)
+        dg, du = torch.empty_like(g), torch.empty_like(u)
+        dw = g.new_empty(0 if weights is None else len(g), 1)
         for at in blocks(*g.shape):
             silu, d_at = F.silu(g[at]), d[at]
             if w is not None:
@@ -38,7 +39,7 @@ class _SwiGLU(torch.autograd.Function):
                 d_at = d_at * w[at]
             dg[at] = torch.ops.aten.silu_backward(d_at * u[at], g[at])
             du[at] = silu.mul_(d_at)
-        return dg.view(gate.shape), du.view(up.shape), None if dw is None else dw.view(weights.shape)
+        return dg.view(gate.shape), du.view(up.shape), None if weights is None else dw.view(weights.shape)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -28,8 +28,9 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, halo, _ = ctx.saved_tensors
-        runs = _Runs(*ctx.saved_tensors)
+        # Asked for once: a forward that is computed again gives them once.
+        x, weight, bias, halo, positions = ctx.saved_tensors
+        runs = _Runs(x, weight, bias, halo, positions)
         dy, dpadded = dy.reshape(runs.x.shape), torch.zeros_like(runs.padded)
         dtaps = torch.zeros_like(runs.taps, dtype=torch.promote_types(weight.dtype, torch.float32))
         dbias = torch.zeros_like(dtaps[0])

@@ -65,6 +65,7 @@ TRAFFIC = {
     "states by ring": (4, "{cp: 4, strategy: ring, attention: usp, layout: contiguous}", 1),
     "states sliced": (4, "{cp: 4, strategy: sliced, attention: allgather, layout: zigzag, recompute: mixer}", 1),
     "mamba sliced": (4, "{cp: 2, tp: 2, strategy: sliced, attention: ring, recompute: mixer}", 1),
+    "mamba tensor": (2, "{cp: 1, tp: 2, recompute: feed_forward}", 1),
     "mamba by ring": (4, "{cp: 4, strategy: ring, attention: ring, layout: zigzag}", 1),
     "pipeline": (4, "{cp: 1, pp: 2, dp: 2}", 4),
     "interleaved": (
@@ -220,7 +221,7 @@ def test_links_by_where_a_group_lies():
 
 def plan(name, gpus, context=None, *overrides):
     further = [f"data.context={context}"] if context else []
-    return search(load_config(name, [*further, *overrides]), h200(gpus), {})
+    return search(load_config(name, ["parallel={}", *further, *overrides]), h200(gpus), {})
 
 
 @pytest.mark.parametrize(("name", "gpus"), [("jamba_1b", 8), ("jamba_52b_256k", 64), ("jamba_52b_1m", 512)])
@@ -240,14 +241,15 @@ def test_presets_are_planned_in_seconds(name, gpus):
 def test_parameters_of_the_presets():
     from baton.launcher.training.description import count_parameters
 
-    assert [count_parameters(load_config(name).model) for name in PRESETS] == [1295502096, *[51420722176] * 3]
+    assert [count_parameters(load_config(name).model) for name in PRESETS] == [1295502096, *[51316861696] * 3]
 
 
 def test_the_length_changes_the_plan():
     """From 4K to 1M tokens attention comes to take most of the time, and hides a ring: stages move, and keys pass otherwise."""
     cuts, ways = {}, {}
     for context, sequences in ((4096, 1024), (65536, 64), (1048576, 4)):
-        config = load_config("jamba_52b", [f"data.context={context}", f"batch={{sequences: {sequences}, micro_steps: 1}}"])
+        batch = f"batch={{sequences: {sequences}, micro_steps: 1}}"
+        config = load_config("jamba_52b", ["parallel={}", f"data.context={context}", batch])
         cuts[context] = [len(stage) for stage in stage_layers(config.model, 16, context)]
         best = search(config, h200(64), {"tp": 2, "cp": 32}).best[0].config.parallel
         ways[context] = best.attention, best.recompute

@@ -55,7 +55,7 @@ class MoE(nn.Module):
         weights = self.weigh(probabilities.gather(-1, chosen))
         if sigmoid:
             # Only now: what balances experts takes shares of one, as softmax gives (DeepSeek-V3, arXiv 2412.19437, equation 18).
-            probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+            probabilities = probabilities / (probabilities.sum(-1, keepdim=True) + TINY)
         y = self.experts(x, weights.to(x.dtype), chosen)
         return y, self._auxiliary(logits.flatten(0, 1), probabilities.flatten(0, 1), chosen.flatten(0, 1))
 
@@ -136,7 +136,8 @@ class Router(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[..., d] -> logits [..., E]."""
-        return F.linear(tokens.to(self.weight.dtype), self.weight)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return F.linear(tokens.to(wide), self.weight.to(wide))
 
 
 class Experts(nn.Module):

@@ -82,7 +82,7 @@ class _Gated:
 
     def blocks(self) -> Any:
         """Of tokens."""
-        return blocks(len(self.y), self.y[0].numel())
+        return blocks(len(self.y), self.y.shape[1] * self.width)
 
     def operands(self, at: slice) -> tuple[Tensor, Tensor, Tensor]:
         """y, z and silu(z)."""

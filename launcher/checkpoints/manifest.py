@@ -8,6 +8,8 @@ from ...configs.errors import UserError
 from ..training.run_folder import checkpoints
 
 MANIFEST = "manifest.json"
+ORIGINAL = "hf"
+"""Of a checkpoint that came from Hugging Face's, the folder of their files beside the tensors; later ones carry it along."""
 
 
 def find_checkpoint(folder: Path) -> Path:

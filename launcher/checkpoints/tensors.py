@@ -39,7 +39,7 @@ class CheckpointTensors:
         planner.set_up_planner({MODEL + name: tensor}, self.contents.metadata, True)
         try:
             self.reader.read_data(planner.create_local_plan(), planner)
-        except (ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        except (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"{self.contents.folder}: {name} cannot be read: {error}") from None
         return tensor
 

@@ -19,6 +19,7 @@ from ...models.hf.families import difference
 from ...models.hf.files import TensorFiles
 from ...models.hf.model import build_hf
 from ...models.hf.tensors import usual_name
+from ...models.hybrid import moe_layers
 from ..checkpoints.contents import read_contents
 from ..checkpoints.manifest import find_checkpoint
 from ..checkpoints.tensors import CheckpointTensors
@@ -51,16 +52,24 @@ def check_conversion(
 ) -> None:
     """Prints the largest errors of logits, losses and gradients. Raises UserError where one is over `tolerance`."""
     theirs = HFCheckpoint(folder)
+    for file in (write_reference, out):
+        if file is not None and not file.parent.is_dir():
+            raise UserError(f"{file.parent} is no folder; allowed: a file in one that exists")
     if reference is not None and tokens is not None:
         raise UserError("--tokens and --reference: allowed: one of them, the reference being of its own tokens")
     if reference is None:
-        expected = _transformers(folder, theirs.values, _tokens(tokens, theirs.model.vocab_size))
+        expected = _transformers(folder, theirs.values, moe_layers(theirs.model) > 0, _tokens(tokens, theirs.model.vocab_size))
     else:
         expected = _read_reference(reference)
     if write_reference is not None:
         save_file(expected, write_reference)
     model = _load(checkpoint, theirs)
     found = _compute(model, expected["input_ids"])
+    for name, tensor in found.items():
+        if name in expected or name.startswith(GRADIENT):
+            there = expected.get(name)
+            if there is None or there.shape != tensor.shape:
+                raise UserError(f"{reference or folder}: {name} of {list(tensor.shape)} is not in it; it is of another model")
     compared = [Found(name, _error(found[name], expected[name])) for name in ("logits", "loss", "aux_loss") if name in expected]
     gradients = [Found(name, _error(t, expected[name])) for name, t in found.items() if name.startswith(GRADIENT)]
     worst = max(gradients, key=lambda each: (each.error != each.error, each.error))
@@ -86,8 +95,11 @@ def _tokens(file: Path | None, vocab_size: int) -> Tensor:
     return torch.tensor([ids])
 
 
-def _transformers(folder: Path, values: dict[str, Any], ids: Tensor) -> dict[str, Tensor]:
-    """Logits, losses and gradients of transformers' own model, gradients by the names of files."""
+def _transformers(folder: Path, values: dict[str, Any], experts: bool, ids: Tensor) -> dict[str, Tensor]:
+    """Logits, losses and gradients of transformers' own model, gradients by the names of files.
+
+    experts: whether it has any, so that its loss is to have their part.
+    """
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -99,8 +111,8 @@ def _transformers(folder: Path, values: dict[str, Any], ids: Tensor) -> dict[str
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    if hasattr(model.config, "router_aux_loss_coef"):
-        model.config.output_router_logits = True
+    # Without experts it would fail over it.
+    model.config.output_router_logits = experts
     out = model(ids, labels=ids)
     out.loss.backward()
     found = {"input_ids": ids, "logits": out.logits.detach(), "loss": out.loss.detach()}

@@ -15,13 +15,11 @@ from ...configs.errors import UserError
 from ...configs.schema import Config
 from ...models.hf import HFCheckpoint
 from ...models.hf.files import CONFIG, partial_folder
-from ..checkpoints.manifest import MANIFEST
+from ..checkpoints.manifest import MANIFEST, ORIGINAL
 from ..checkpoints.tensors import write_tensors
 from ..training.token_files import tokenizer_digest
 from ..training.tokenizer import load_tokenizer
 
-ORIGINAL = "hf"
-"""In a checkpoint here, the folder of their files beside the tensors."""
 TOKENIZER = "tokenizer.json"
 BESIDE = (CONFIG, TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 """Those that are carried from one to the other."""
@@ -32,6 +30,7 @@ CONTEXT = 4096
 def convert_from_hf(folder: Path, out: Path) -> HFCheckpoint:
     """Writes the checkpoint `out`, complete or not at all, with a config that trains from it. Raises UserError."""
     source = HFCheckpoint(folder)
+    config = _config(source, out)
     partial = partial_folder(out)
     try:
         tensors = {name: like.to(source.dtypes[name]) for name, like in source.ours.items()}
@@ -45,7 +44,7 @@ def convert_from_hf(folder: Path, out: Path) -> HFCheckpoint:
         copy_beside(folder, partial / ORIGINAL)
         if (folder / TOKENIZER).is_file():
             shutil.copyfile(folder / TOKENIZER, partial / TOKENIZER)
-        (partial / "config.yaml").write_text(_config(source, out, (partial / TOKENIZER).exists()).to_yaml())
+        (partial / "config.yaml").write_text(config.to_yaml())
         (partial / MANIFEST).write_text(json.dumps(_facts(partial), indent=1))
         os.rename(partial, out)
     except OSError as error:
@@ -63,11 +62,11 @@ def copy_beside(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _config(source: HFCheckpoint, out: Path, has_tokenizer: bool) -> Config:
+def _config(source: HFCheckpoint, out: Path) -> Config:
     """A run that goes on from the checkpoint: what it cannot know is a beginning."""
     bf16 = torch.bfloat16 in source.dtypes.values()
     data: dict[str, Any] = {"folder": f"runs/data/{out.name}", "context": CONTEXT, "documents": "packed"}
-    if has_tokenizer:
+    if (source.folder / TOKENIZER).is_file():
         data["tokenizer"] = {"kind": "file", "file": str(out / TOKENIZER), "end": _end(source)}
     values = {
         "run": f"runs/{out.name}",
@@ -84,7 +83,7 @@ def _config(source: HFCheckpoint, out: Path, has_tokenizer: bool) -> Config:
 def _end(source: HFCheckpoint) -> str:
     """The token at a document's end, by eos_token_id."""
     number = source.values.get("eos_token_id")
-    number = number[0] if isinstance(number, list) else number
+    number = next(iter(number), None) if isinstance(number, list) else number
     tokenizer = load_tokenizer(source.folder / TOKENIZER)
     token = None if number is None else tokenizer.id_to_token(number)
     if token is None:

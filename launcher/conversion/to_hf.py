@@ -15,9 +15,9 @@ from ...models.hf.families import FAMILIES
 from ...models.hf.files import CONFIG, read_json
 from ...models.hf.tensors import is_exact
 from ..checkpoints.contents import Contents, read_contents
-from ..checkpoints.manifest import find_checkpoint
+from ..checkpoints.manifest import ORIGINAL, find_checkpoint
 from ..checkpoints.tensors import CheckpointTensors
-from .from_hf import ORIGINAL, TOKENIZER, copy_beside
+from .from_hf import TOKENIZER, copy_beside
 
 
 def convert_to_hf(checkpoint: Path, out: Path, model_type: str | None = None, dtype: torch.dtype | None = None) -> str:
@@ -55,9 +55,9 @@ def read_model(contents: Contents) -> ModelConfig:
 
 
 def find_original(contents: Contents) -> Path | None:
-    """Their files, which a checkpoint, or the one that its run started from, was imported with."""
-    places = [contents.folder, Path(str(contents.config.get("start_from") or contents.folder))]
-    return next((place / ORIGINAL for place in places if (place / ORIGINAL / CONFIG).is_file()), None)
+    """Their files, which the checkpoint, or one that its run started from, was imported with."""
+    original = contents.folder / ORIGINAL
+    return original if (original / CONFIG).is_file() else None
 
 
 def parse_type(model_type: str | None) -> str | None:

@@ -24,7 +24,7 @@ from ...configs.pattern import CUT
 from ...configs.schema import Config, ModelConfig
 from ...models.stages import Stages
 from ...parallel.failures import RankGone, naming_the_missing
-from ..checkpoints.manifest import MANIFEST, read_manifest
+from ..checkpoints.manifest import MANIFEST, ORIGINAL, read_manifest
 from .run_folder import checkpoint_folder, checkpoints
 from .token_files import tokenizer_digest
 
@@ -58,6 +58,8 @@ class Checkpointer:
             StagingOptions(use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu)
         )
         self.unfinished: tuple[Path, Future[Any]] | None = None
+        self.original: dict[str, bytes] = {}
+        """Files of Hugging Face's that what was loaded came with, by name: the checkpoint may go before the next is written."""
 
     def save(self, step: int, consumed: int) -> Path:
         """Writes the state after `step` steps and `consumed` samples; older checkpoints beyond checkpoint.keep go.
@@ -96,6 +98,7 @@ class Checkpointer:
         """Reads a checkpoint in place -> steps and samples done. Raises UserError: truncated, or another model's."""
         self.finish()
         facts = self._check(folder)
+        self._note_original(folder)
         _create_states(self.optimizer)
         state = self._state()
         if facts["world"] != dist.get_world_size():
@@ -112,10 +115,15 @@ class Checkpointer:
         """
         digest = read_manifest(folder)["tokenizer"]
         self._check_model(folder)
+        self._note_original(folder)
         if digest is not None and digest != tokenizer_digest(self.config.data.folder):
             raise UserError(f"{folder} was trained with another tokenizer than {self.config.data.folder}/tokenizer.json")
         tensors = {**dict(self.stages.named_parameters()), **dict(self.stages.named_buffers())}
         self._read({"model": tensors}, folder)
+
+    def _note_original(self, folder: Path) -> None:
+        if dist.get_rank() == 0:
+            self.original = {path.name: path.read_bytes() for path in (folder / ORIGINAL).glob("*")}
 
     def _read(self, state: dict[str, dict[str, Tensor]], folder: Path) -> None:
         try:
@@ -143,6 +151,10 @@ class Checkpointer:
         """What is needed to use the checkpoint, and last the manifest, which makes it complete."""
         _write_durably(folder / "config.yaml", self.config.to_yaml())
         shutil.copyfile(self.config.data.folder / "tokenizer.json", folder / "tokenizer.json")
+        if self.original:
+            (folder / ORIGINAL).mkdir()
+        for name, content in self.original.items():
+            (folder / ORIGINAL / name).write_bytes(content)
         facts = {
             "step": step,
             "consumed": consumed,
@@ -151,7 +163,7 @@ class Checkpointer:
             "data": self._data_facts(),
             "baton": __version__,
             "torch": torch.__version__,
-            "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+            "files": {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()},
         }
         _write_durably(folder / MANIFEST, json.dumps(facts, indent=1))
 

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from ...configs.errors import UserError
-from ...configs.schema import Config
+from ...configs.schema import Config, TokenizerConfig
 from .corpus import documents
 from .tokenizer import END_OF_DOCUMENT, byte_tokenizer, load_tokenizer, train_bpe
 
@@ -65,9 +65,14 @@ def _settings(config: Config) -> dict[str, Any]:
         "input": config.data.input,
         "max_bytes": config.data.max_bytes,
         "validation_fraction": config.data.validation_fraction,
-        "tokenizer": _digest(config.data.tokenizer.file) if config.data.tokenizer.file else config.data.tokenizer.kind,
+        "tokenizer": _named(config.data.tokenizer),
         "vocab_size": config.model.vocab_size if config.data.tokenizer.kind == "bpe" else None,
     }
+
+
+def _named(asked: TokenizerConfig) -> str:
+    """A tokenizer by its kind, or that of a file by what it holds and the token that ends documents."""
+    return asked.kind if asked.file is None else f"{_digest(asked.file)} {asked.end}"
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -89,7 +94,10 @@ def _write(folder: Path, texts: list[str], config: Config) -> dict[str, int]:
     """Tokenizer and both splits -> tokens in each. The end of the text is the validation split: files come in a mixed order."""
     data = config.data
     tokenizer, end = _tokenizer_and_end(texts, config)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    if data.tokenizer.file is None:
+        tokenizer.save(str(folder / "tokenizer.json"))
+    else:
+        shutil.copyfile(data.tokenizer.file, folder / "tokenizer.json")
     encoded = [np.array([*encoding.ids, end]) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
     total = sum(len(ids) for ids in encoded)
     counts = {"train": total - round(total * data.validation_fraction)}
@@ -194,5 +202,7 @@ def tokenizer_digest(folder: Path) -> str:
 
 
 def _digest(file: Path) -> str:
-    # As the library writes it: another writer's file may be of the same tokenizer.
-    return hashlib.sha256(load_tokenizer(file).to_str(pretty=True).encode()).hexdigest()
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{file}: no tokenizer: {error.strerror or error}") from None

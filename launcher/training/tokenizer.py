@@ -35,9 +35,13 @@ def byte_tokenizer() -> Tokenizer:
 def load_tokenizer(path: Path) -> Tokenizer:
     """Reads tokenizer.json. Raises UserError."""
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{path}: no tokenizer: {error}") from None
+    # A model's own may cut or fill up what it encodes.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:

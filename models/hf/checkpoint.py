@@ -1,5 +1,6 @@
 """A checkpoint of Hugging Face's, whose tensors can be asked for as ours, and the other way round."""
 
+import functools
 import json
 import os
 import shutil
@@ -51,7 +52,9 @@ class HFCheckpoint:
         return [theirs for theirs in self.theirs if any(part.ours == name for part in theirs.parts)]
 
     def _dtype(self, name: str) -> torch.dtype:
-        return torch.float32 if is_exact(name) else self.files.shape(self._sources(name)[0].name)[1]
+        """The widest of those that it is made of; at least fp32 where that is exact."""
+        found = {self.files.shape(theirs.name)[1] for theirs in self._sources(name)}
+        return functools.reduce(torch.promote_types, found, torch.float32 if is_exact(name) else found.pop())
 
     def _check(self) -> None:
         """Theirs are exactly those that there must be, of the shapes that there must be."""

@@ -59,7 +59,7 @@ class Family(NamedTuple):
 def read_config(values: Values, source: str) -> ModelConfig:
     """config.json as a `ModelConfig`. Raises UserError with the key that is not supported; source: the file's name."""
     family = find_family(values, source)
-    values = family.defaults | values
+    values = family.defaults | _usual(values, family)
     for key, allowed in family.only.items():
         if values.get(key) not in (allowed, None):
             raise UserError(f"{source}: {key} is {values[key]!r}, allowed: {allowed!r}")
@@ -68,6 +68,8 @@ def read_config(values: Values, source: str) -> ModelConfig:
         return ModelConfig.model_validate(_nested(ours))
     except KeyError as missing:
         raise UserError(f"{source}: {missing.args[0]} is missing") from None
+    except (TypeError, ArithmeticError, AttributeError) as error:
+        raise UserError(f"{source}: values that do not make a model: {error}") from None
     except KeyedError as error:
         raise UserError(f"{source}: {error.key} {error}") from None
     except ValidationError as errors:
@@ -85,9 +87,22 @@ def read_config(values: Values, source: str) -> ModelConfig:
 def find_family(values: Values, source: str) -> Family:
     """By model_type. Raises UserError."""
     kind = values.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{source}: model_type is {kind!r}, allowed: {', '.join(FAMILIES)}")
     return FAMILIES[kind]
+
+
+def _usual(values: Values, family: Family) -> Values:
+    """By the keys that are looked at here, and without those that say null where there is a default, as transformers takes them."""
+    renamed = {ALIASES[family.model_type].get(key, key): value for key, value in values.items()}
+    usual = {
+        key: value for key, value in renamed.items() if value is not None or key == "pad_token_id" or key not in family.defaults
+    }
+    # Granite has no default of its own for these heads.
+    if renamed.get("num_key_value_heads", family.model_type != "granitemoehybrid") in (None, False):
+        heads = usual.get("num_attention_heads", family.defaults.get("num_attention_heads"))
+        usual |= {} if heads is None else {"num_key_value_heads": heads}
+    return usual
 
 
 def write_config(model: ModelConfig, model_type: str | None = None) -> Values:
@@ -182,7 +197,10 @@ def _own_head_dim(model: ModelConfig) -> Values:
 
 def _limits(values: Values) -> Values:
     """Of steps; infinity is written in several ways."""
-    low, high = values["time_step_limit"] or (0.0, math.inf)
+    limits = values["time_step_limit"]
+    if not isinstance(limits, (list, tuple)) or len(limits) != 2:
+        raise KeyedError("time_step_limit", f"is {limits!r}, allowed: two numbers")
+    low, high = limits
     high = math.inf if isinstance(high, dict) or high is None else float(high)
     return {"mamba2.dt_min": float(low), "mamba2.dt_max": None if high == math.inf else high}
 
@@ -194,13 +212,12 @@ def _limit(model: ModelConfig) -> Values:
 
 def _rope(values: Values) -> Values:
     """Without the fraction of a head's dims."""
-    rope = values.get("rope_parameters") or {}
-    scaling = values.get("rope_scaling") or {}
-    kind = rope.get("rope_type", scaling.get("rope_type", scaling.get("type", "default")))
+    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    rope = values.get(key) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise KeyedError("rope_parameters.rope_type" if rope else "rope_scaling", f"is {kind!r}, allowed: 'default'")
-    theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
-    return {"theta": theta}
+        raise KeyedError(f"{key}.rope_type", f"is {kind!r}, allowed: 'default'")
+    return {"theta": rope.get("rope_theta") or values.get("rope_theta") or 10000.0}
 
 
 def _jamba_read(values: Values) -> Values:
@@ -328,6 +345,8 @@ def _mamba2_write(model: ModelConfig) -> Values:
 def _nemotron_read(values: Values) -> Values:
     """transformers bounds steps by time_step_min from below whatever time_step_limit says."""
     letters = values.get("hybrid_override_pattern")
+    if letters is not None and (others := sorted({*letters} - {*"M*-E"})):
+        raise KeyedError("hybrid_override_pattern", f"has {others[0]!r}, allowed: M, *, -, E")
     blocks = values.get("layers_block_type") or values.get("layer_types")
     if blocks is not None:
         letters = "".join(LETTERS[_block(kind)] for kind in blocks)
@@ -369,6 +388,21 @@ COMMON = {"vocab_size": 32000, "tie_word_embeddings": False, "initializer_range"
 SILU = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "mamba_proj_bias": False, "mamba_conv_bias": True}
 NO_LIMIT = [0.0, math.inf]
 
+ALIASES: dict[str, dict[str, str]] = {
+    "jamba": {"num_local_experts": "num_experts"},
+    "mamba2": {},
+    "bamba": {},
+    "granitemoehybrid": {},
+    "nemotron_h": {
+        "mamba_n_groups": "n_groups",
+        "mamba_d_conv": "conv_kernel",
+        "mamba_dt_min": "time_step_min",
+        "mamba_conv_bias": "use_conv_bias",
+        "num_local_experts": "n_routed_experts",
+    },
+}
+"""Keys that transformers takes for others."""
+
 FAMILIES = {
     family.model_type: family
     for family in (
@@ -397,7 +431,7 @@ FAMILIES = {
             | {"vocab_size": 32768, "hidden_size": 4096, "num_hidden_layers": 64, "layer_norm_epsilon": 1e-5, "num_heads": 128}
             | {"head_dim": 64, "state_size": 128, "n_groups": 8, "conv_kernel": 4, "initializer_range": 0.1}
             | {"time_step_limit": NO_LIMIT},
-            {"hidden_act": "silu", "use_bias": False, "use_conv_bias": True, "norm_before_gate": False},
+            {"hidden_act": "silu", "use_bias": False, "use_conv_bias": True},
             ENDS
             | {"layer_norm_epsilon": "norm_eps", "num_heads": "mamba2.heads", "head_dim": "mamba2.head_dim"}
             | {"state_size": "mamba2.state_dim", "n_groups": "mamba2.groups", "conv_kernel": "mamba2.conv_width"},

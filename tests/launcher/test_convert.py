@@ -1,6 +1,7 @@
 """`baton convert`: what it writes, what it says, what it leaves behind; and runs that start from what it wrote."""
 
 import json
+import shutil
 import sys
 import weakref
 
@@ -121,6 +122,26 @@ def test_check_against_a_file(jamba, imported, tmp_path, monkeypatch):
     assert "92 gradients" in result.stdout
 
 
+def test_check_without_experts(tmp_path):
+    """Whose loss has no part of a router."""
+    dense = save(build("jamba", num_experts=1), tmp_path / "dense")
+    assert run("from-hf", dense, tmp_path / "in").exit_code == 0
+    result = run("check", dense, tmp_path / "in")
+    assert result.exit_code == 0, result.stderr
+    assert "aux_loss" not in result.stdout
+    missing = tmp_path / "missing" / "reference.safetensors"
+    assert error_of("check", dense, tmp_path / "in", "--write-reference", missing) == (
+        f"error: {missing.parent} is no folder; allowed: a file in one that exists"
+    )
+
+
+def test_a_bad_end_is_known_before_tensors_are_read(jamba, tmp_path, monkeypatch):
+    copy = shutil.copytree(jamba, tmp_path / "copy")
+    (copy / "config.json").write_text(json.dumps(config_of(jamba) | {"eos_token_id": 900}))
+    monkeypatch.setattr(HFCheckpoint, "read", None)
+    assert "eos_token_id is 900, allowed: a token of tokenizer.json" in error_of("from-hf", copy, tmp_path / "out")
+
+
 def test_check_finds_what_differs(jamba, tmp_path):
     """One number of one tensor."""
     from safetensors.torch import save_file
@@ -214,3 +235,39 @@ def test_what_a_run_cannot_start_from(pool, imported, tmp_path):
     assert error == f"{imported} was trained with another tokenizer than {tmp_path / 'bpe'}/tokenizer.json"
     with pytest.raises(ConfigError, match="data.tokenizer.file is None, allowed with kind file: a file"):
         load_config("quickstart", ["data.tokenizer.kind=file"])
+
+
+def two_runs(rank, file, overrides, run):
+    """A run that starts from the import, saved; and one that starts from that, saved."""
+    from baton.launcher.environment import Environment
+    from baton.launcher.training.loop import Trainer
+
+    for start, name in ((None, "a"), (run / "a", "b")):
+        more = [f"run={run / name}", *([f"start_from={start}"] if start else [])]
+        trainer = Trainer(load_config(file, [*overrides, *more], 1), Environment(rank, 1, torch.device("cpu")))
+        trainer.start()
+        trainer.step()
+        trainer.save()
+        trainer.checkpointer.finish()
+
+
+def test_their_files_go_along(pool, jamba, imported, tmp_path):
+    """From checkpoint to checkpoint, also of a run that started from a run; and no text is cut as the tokenizer's file says."""
+    from baton.launcher.training.token_files import prepare
+    from baton.launcher.training.tokenizer import load_tokenizer
+
+    text = tmp_path / "text.py"
+    text.write_text("def add(a, b):\n    return a + b\n" * 10)
+    keys = run_keys(tmp_path, text)
+    prepare(load_config(imported / "config.yaml", keys, 1))
+    assert (tmp_path / "data" / "tokenizer.json").read_bytes() == (jamba / "tokenizer.json").read_bytes()
+    pool.run(1, two_runs, imported / "config.yaml", keys, tmp_path)
+    assert run("to-hf", tmp_path / "b", tmp_path / "out").exit_code == 0
+    assert config_of(tmp_path / "out") == config_of(jamba)
+    assert (tmp_path / "out" / "generation_config.json").read_bytes() == (jamba / "generation_config.json").read_bytes()
+    cutting = byte_tokenizer()
+    cutting.enable_truncation(3)
+    cutting.enable_padding()
+    cutting.save(str(tmp_path / "cutting.json"))
+    encoded = load_tokenizer(tmp_path / "cutting.json").encode_batch(["a longer text", "b"])
+    assert [len(each.ids) for each in encoded] == [13, 1]

@@ -161,7 +161,10 @@ def read_one(file):
         ("bamba", {"attention_bias": True}, "attention_bias is True, allowed: False"),
         ("bamba", {"z_loss_coefficient": 0.1}, "z_loss_coefficient is 0.1, allowed: 0.0"),
         ("bamba", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters.rope_type is 'yarn'"),
-        ("bamba", {"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_scaling is 'linear', allowed: 'default'"),
+        ("bamba", {"rope_scaling": {"type": "linear"}}, "rope_scaling.rope_type is 'linear', allowed: 'default'"),
+        ("jamba", {"attn_layer_period": 0}, "values that do not make a model: "),
+        ("bamba", {"time_step_limit": [0.0]}, "time_step_limit is [0.0], allowed: two numbers"),
+        ("nemotron_h", {"layers_block_type": None, "hybrid_override_pattern": "Mm"}, "hybrid_override_pattern has 'm', allowed: M"),
         ("granitemoehybrid", {"layer_types": ["mamba", "conv"]}, "layer_types has 'conv', allowed: mamba, linear_attention"),
         (
             "granitemoehybrid",
@@ -235,7 +238,8 @@ def test_older_names(folders, tmp_path):
 HUB = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "rope_parameters": None, "rope_theta": 10000},
     "bamba": {"rope_parameters": None, "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mamba_d_head": "auto"},
-    "nemotron_h": {"layers_block_type": None, "hybrid_override_pattern": "ME*-M*E"},
+    "mamba2": {"norm_before_gate": True, "rms_norm": True, "residual_in_fp32": True},
+    "nemotron_h": {"layers_block_type": None, "hybrid_override_pattern": "ME*-M*E", "time_step_min": None, "mamba_dt_min": 0.05},
     "jamba": {"mamba_dt_rank": "auto", "torch_dtype": "bfloat16", "sliding_window": None},
 }
 """Keys as files on the hub, which older versions have written, have them."""
@@ -248,6 +252,24 @@ def test_older_files_mean_the_same(kind, folders):
     if kind == "jamba":
         expected = expected.model_copy(update={"mamba": expected.mamba.model_copy(update={"dt_rank": None})})
     assert found == expected
+
+
+def test_null_is_no_value(folders):
+    """As transformers takes it: the default, or as many heads of keys as of queries."""
+    for kind in ("bamba", "granitemoehybrid"):
+        found = read_config(config_of(folders[kind]) | {"num_key_value_heads": None, "tie_word_embeddings": None}, "config.json")
+        assert found.attention.kv_heads == found.attention.heads == 4
+        assert not found.tied_embeddings
+    without = {key: value for key, value in config_of(folders["granitemoehybrid"]).items() if key != "num_key_value_heads"}
+    assert read_config(without, "config.json").attention.kv_heads == 4
+
+
+def test_routers_count_whole_tokens(tmp_path):
+    """bf16 has 8 bits: hits of 1001 tokens do not fit."""
+    model = load_hf(save(build("jamba").to(torch.bfloat16), tmp_path / "bf16"))
+    model(torch.randint(0, 60, (1, 1001)))
+    loads = [module.load for module in model.model.modules() if hasattr(module, "load")]
+    assert [float(load.sum()) for load in loads] == [2002.0] * 2
 
 
 OWN = {

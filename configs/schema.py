@@ -237,6 +237,18 @@ class ModelConfig(Section):
         return self
 
 
+TRAINING_KEYS = (
+    "initializer_range",
+    "mamba2.chunk_size",
+    "moe.aux_loss",
+    "moe.balance",
+    "moe.bias_rate",
+    "moe.capacity",
+    "moe.z_loss",
+)
+"""Of ModelConfig, those that a run may change on its way: no shape depends on them, and nothing that a trained model computes."""
+
+
 class Degrees(NamedTuple):
     """Ranks along each axis of a mesh."""
 

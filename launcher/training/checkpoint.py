@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from ... import __version__
 from ...configs.errors import UserError
 from ...configs.pattern import CUT
-from ...configs.schema import Config, ModelConfig
+from ...configs.schema import TRAINING_KEYS, Config, ModelConfig
 from ...models.stages import Stages
 from ...parallel.failures import RankGone, naming_the_missing
 from ..checkpoints.manifest import MANIFEST, ORIGINAL, read_manifest
@@ -29,16 +29,6 @@ from .run_folder import checkpoint_folder, checkpoints
 from .token_files import tokenizer_digest
 
 PARTIAL = ".partial"
-FREE = {
-    "initializer_range",
-    "mamba2.chunk_size",
-    "moe.aux_loss",
-    "moe.balance",
-    "moe.bias_rate",
-    "moe.capacity",
-    "moe.z_loss",
-}
-"""Keys of the model that a run may change on its way: no shape depends on them, and nothing that was learned."""
 
 
 class Checkpointer:
@@ -293,10 +283,10 @@ def _read_model(folder: Path) -> ModelConfig:
 
 
 def _shapes(model: ModelConfig) -> dict[str, Any]:
-    """By key, what has to be as in the checkpoint: neither where a pipeline is cut nor what is FREE."""
+    """By key, what has to be as in the checkpoint: neither where a pipeline is cut nor TRAINING_KEYS."""
     leaves = dict(_leaves(model.model_dump(mode="json", exclude={"repeat"})))
     leaves["pattern"] = (model.pattern * model.repeat).replace(CUT, "")
-    return {key: value for key, value in leaves.items() if key not in FREE}
+    return {key: value for key, value in leaves.items() if key not in TRAINING_KEYS}
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

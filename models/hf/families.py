@@ -12,23 +12,13 @@ from pydantic import ValidationError
 
 from ...configs.errors import KeyedError, UserError
 from ...configs.pattern import CUT, FEED_FORWARDS, MIXERS
-from ...configs.schema import ModelConfig
+from ...configs.schema import TRAINING_KEYS, ModelConfig
 
 Values = dict[str, Any]
 Keys = dict[str, str | tuple[str, ...]]
 """By key of config.json the keys of `ModelConfig` that have its value."""
 
 LETTERS = {name: letter for letter, name in (MIXERS | FEED_FORWARDS).items()}
-FREE = (
-    "initializer_range",
-    "mamba2.chunk_size",
-    "moe.aux_loss",
-    "moe.balance",
-    "moe.bias_rate",
-    "moe.capacity",
-    "moe.z_loss",
-)
-"""Of training, not of what a trained model computes: in config.json they have no place, or another value does no harm."""
 BLOCKS = {
     "mamba": "mamba2",
     "linear_attention": "mamba2",
@@ -150,7 +140,7 @@ def _relevant(model: ModelConfig) -> Values:
     leaves["moe.choice_bias"] = model.moe.choice_bias or model.moe.bias_rate > 0
     if model.moe.groups == model.moe.top_groups:
         leaves["moe.groups"] = leaves["moe.top_groups"] = 1
-    for key in ("repeat", "mamba2.expand", *FREE):
+    for key in ("repeat", "mamba2.expand", *TRAINING_KEYS):
         leaves.pop(key, None)
     return {key: value for key, value in leaves.items() if "." not in key or key.partition(".")[0] in used}
 

@@ -126,7 +126,7 @@ def test_interleaved_stages_work_in_torchs_order(pool, ranks, each, micro_steps)
         assert [tuple(action) for action in actions(rank, ranks, each, micro_steps)] == found
 
 
-FORWARD, BACKWARD = 0.05, 0.1
+FORWARD, BACKWARD = 0.1, 0.2
 
 
 def sleeping_pipeline(rank, ranks, each, micro_steps):
@@ -170,7 +170,7 @@ def sleeping_pipeline(rank, ranks, each, micro_steps):
     schedule = ScheduleInterleaved1F1B(stages, **options) if each > 1 else Schedule1F1B(stages[0], **options)
     arguments = [torch.ones(micro_steps, 4)] if rank == 0 else []
     steps = []
-    for _ in range(3):
+    for _ in range(4):
         slept.clear()
         dist.barrier()
         start = time.perf_counter()

@@ -204,20 +204,26 @@ class Estimator:
         return two[1] + (sum(wholes) if w.parallel.zero == 2 else two[0])
 
     def _working(self, parts: Stage, w: Workload) -> int:
-        """What is there for a while: gradients as large as what the largest part keeps, and what is computed again of a layer."""
+        """What is there for a while: gradients as large as what the largest part keeps, and what is computed again of a layer.
+
+        PyTorch's own operations put what they give together from pieces: its largest tensor, and the gradient, are there twice.
+        """
         recompute, plain = w.parallel.recompute, self._plain(w)
-        largest = again = fetched = 0
+        largest = again = fetched = pieces = 0
         for part, _ in parts:
             if isinstance(part, str):
                 continue
-            sizes = {kind: sum(terms.values()) for kind, terms in self.keeps(part, plain).items()}
+            kept_of = self.keeps(part, plain)
+            sizes = {kind: sum(terms.values()) for kind, terms in kept_of.items()}
+            if not w.fused:
+                pieces = max(pieces, *(2 * max(terms.values()) for terms in kept_of.values()))
             largest = max(largest, *sizes.values())
             again = max(again, sum(size for kind, size in sizes.items() if repeats(kind, part, recompute)))
             if part.mixer == "attention" and w.cp > 1 and w.parallel.attention == "allgather":
                 fetched = 2 * w.cp * w.tokens * w.kv_heads * w.model.attention.head_dim * (w.size + w.wide)
         logits = w.tokens * (w.model.vocab_size // w.parallel.tp) * w.size
         loss = 2 * min(logits, CHUNK_BYTES["cpu" if self.machine.name == CPU else "cuda"]) if HEAD in dict(parts) else 0
-        return max(largest + again + fetched, loss)
+        return max(largest + again + fetched + pieces, loss)
 
     def _plain(self, w: Workload) -> Workload:
         """The same without computing anything again."""

@@ -7,7 +7,7 @@ from .errors import KeyedError
 from .pattern import CUT
 
 if TYPE_CHECKING:
-    from .schema import Config, ModelConfig, ParallelConfig
+    from .schema import AttentionConfig, Config, ModelConfig, ParallelConfig
 
 
 def refuse_zero_bubble(schedule: object) -> object:
@@ -31,6 +31,19 @@ def check_precision(config: "Config") -> None:
     """Raises KeyedError where the kernels do not compute in the precision."""
     if config.kernels == "triton" and config.precision == "fp64":
         raise KeyedError("kernels", "is triton, whose kernels do not compute in precision fp64; allowed: auto, reference")
+
+
+def check_start(config: "Config") -> None:
+    """Raises KeyedError where a run would write into what it starts from."""
+    if config.start_from is not None and config.start_from.resolve() == config.run.resolve():
+        raise KeyedError("run", f"is {config.run}, as start_from is; allowed: another folder")
+
+
+def check_rotated(attention: "AttentionConfig") -> None:
+    """Raises KeyedError where rope cannot pair the dims that it rotates."""
+    if attention.rope is not None and attention.rotated % 2:
+        part = attention.rope.fraction
+        raise KeyedError("attention.head_dim", f"is {attention.head_dim}, allowed with rope: of which {part:g} is an even number")
 
 
 def check_tensor_degree(model: "ModelConfig", tp: int) -> None:

@@ -16,7 +16,9 @@ from .checks import (
     check_experts,
     check_pipeline,
     check_precision,
+    check_rotated,
     check_sequence_parallel,
+    check_start,
     check_tensor_degree,
     refuse_zero_bubble,
 )
@@ -224,14 +226,13 @@ class ModelConfig(Section):
             parse_pattern(self.pattern)
         except ValueError as error:
             raise KeyedError("pattern", str(error)) from None
-        check_divides("mamba2.head_dim", self.mamba2.head_dim, self.inner, "expand * d_model")
-        check_divides("mamba2.groups", self.mamba2.groups, self.mamba2_heads, "the Mamba-2 heads")
-        check_divides("attention.kv_heads", self.attention.kv_heads, self.attention.heads, "attention.heads")
-        if self.attention.rope is not None and self.attention.rotated % 2:
-            part = self.attention.rope.fraction
-            raise KeyedError(
-                "attention.head_dim", f"is {self.attention.head_dim}, allowed with rope: of which {part:g} is an even number"
-            )
+        mixers = {layer.mixer for layer in self.layers}
+        if "mamba2" in mixers:
+            check_divides("mamba2.head_dim", self.mamba2.head_dim, self.inner, "expand * d_model")
+            check_divides("mamba2.groups", self.mamba2.groups, self.mamba2_heads, "the Mamba-2 heads")
+        if "attention" in mixers:
+            check_divides("attention.kv_heads", self.attention.kv_heads, self.attention.heads, "attention.heads")
+            check_rotated(self.attention)
         if self.padding_token is not None and self.padding_token >= self.vocab_size:
             raise KeyedError("padding_token", f"is {self.padding_token}, allowed: below model.vocab_size, {self.vocab_size}")
         return self
@@ -450,6 +451,7 @@ class Config(Section):
     def check(self) -> None:
         """Raises KeyedError where values do not fit each other, also after `model_copy`, which does not look."""
         check_precision(self)
+        check_start(self)
         check_tensor_degree(self.model, self.parallel.tp)
         check_context(self.model, self.parallel, self.data.context)
         check_attention(self.model, self.parallel)

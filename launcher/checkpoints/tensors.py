@@ -80,6 +80,11 @@ class _InFiles(FileSystemWriter):
         return done
 
 
+def _as_os_error(error: BaseException) -> BaseException:
+    """What PyTorch's file format says where a disk is full, say, in a line."""
+    return OSError(str(error).splitlines()[0]) if isinstance(error, RuntimeError) else error
+
+
 def write_tensors(folder: Path, tensors: dict[str, Tensor], read: Callable[[str], Tensor]) -> None:
     """Writes the model's tensors, of which `tensors` has the shapes and dtypes, on no device, and `read` gives the numbers.
 
@@ -92,4 +97,4 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], read: Callable[[str]
         try:
             dcp.save(state, storage_writer=_InFiles(folder), planner=_Lazily(read), no_dist=True)
         except CheckpointException as error:
-            raise error.failures[0][0] from None
+            raise _as_os_error(error.failures[0][0]) from None

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
-from torch import Tensor
 
 from ... import __version__
 from ...configs.errors import UserError
@@ -19,6 +17,7 @@ from ..checkpoints.manifest import MANIFEST, ORIGINAL
 from ..checkpoints.tensors import write_tensors
 from ..training.token_files import tokenizer_digest
 from ..training.tokenizer import load_tokenizer
+from .report import counted
 
 TOKENIZER = "tokenizer.json"
 BESIDE = (CONFIG, TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
@@ -34,13 +33,8 @@ def convert_from_hf(folder: Path, out: Path) -> HFCheckpoint:
     partial = partial_folder(out)
     try:
         tensors = {name: like.to(source.dtypes[name]) for name, like in source.ours.items()}
-        bar = iter(track(range(len(tensors)), "converting", transient=True))
-
-        def read(name: str) -> Tensor:
-            next(bar, None)
-            return source.read(name)
-
-        write_tensors(partial, tensors, read)
+        with counted(source.read, len(tensors)) as read:
+            write_tensors(partial, tensors, read)
         copy_beside(folder, partial / ORIGINAL)
         if (folder / TOKENIZER).is_file():
             shutil.copyfile(folder / TOKENIZER, partial / TOKENIZER)
@@ -67,10 +61,10 @@ def _config(source: HFCheckpoint, out: Path) -> Config:
     bf16 = torch.bfloat16 in source.dtypes.values()
     data: dict[str, Any] = {"folder": f"runs/data/{out.name}", "context": CONTEXT, "documents": "packed"}
     if (source.folder / TOKENIZER).is_file():
-        data["tokenizer"] = {"kind": "file", "file": str(out / TOKENIZER), "end": _end(source)}
+        data["tokenizer"] = {"kind": "file", "file": str((out / TOKENIZER).resolve()), "end": _end(source)}
     values = {
-        "run": f"runs/{out.name}",
-        "start_from": str(out),
+        "run": f"runs/{out.name}-trained",
+        "start_from": str(out.resolve()),
         "precision": "bf16" if bf16 else "fp32",
         "model": source.model.model_dump(mode="json"),
         "data": data,

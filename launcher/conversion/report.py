@@ -1,13 +1,31 @@
 """What a conversion says of itself."""
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
 
 from ...models.hf import HFCheckpoint
 from ..training.description import count_parameters
 
 console = Console(highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def counted(read: Callable[[str], Tensor], total: int) -> Iterator[Callable[[str], Tensor]]:
+    """`read`, which is called so often, with a bar on a terminal."""
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("converting", total=total)
+
+        def counting(name: str) -> Tensor:
+            progress.advance(task)
+            return read(name)
+
+        yield counting
 
 
 def print_imported(source: HFCheckpoint, out: Path) -> None:

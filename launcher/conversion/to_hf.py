@@ -5,8 +5,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from rich.progress import track
-from torch import Tensor
 
 from ...configs.errors import UserError
 from ...configs.schema import ModelConfig
@@ -18,6 +16,7 @@ from ..checkpoints.contents import Contents, read_contents
 from ..checkpoints.manifest import ORIGINAL, find_checkpoint
 from ..checkpoints.tensors import CheckpointTensors
 from .from_hf import TOKENIZER, copy_beside
+from .report import counted
 
 
 def convert_to_hf(checkpoint: Path, out: Path, model_type: str | None = None, dtype: torch.dtype | None = None) -> str:
@@ -31,11 +30,6 @@ def convert_to_hf(checkpoint: Path, out: Path, model_type: str | None = None, dt
     values = {} if original is None else read_json(original / CONFIG)
     reader = CheckpointTensors(contents)
     dtypes = {name: dtype if dtype and not is_exact(name) else entry.dtype for name, entry in reader.entries.items()}
-    bar = iter(track(range(len(dtypes)), "converting", transient=True))
-
-    def read(name: str) -> Tensor:
-        next(bar, None)
-        return reader.read(name)
 
     def add_beside(folder: Path) -> None:
         if original is not None:
@@ -43,7 +37,8 @@ def convert_to_hf(checkpoint: Path, out: Path, model_type: str | None = None, dt
         elif (contents.folder / TOKENIZER).is_file():
             shutil.copyfile(contents.folder / TOKENIZER, folder / TOKENIZER)
 
-    return write_checkpoint(out, model, read, dtypes, values, model_type, add_beside)
+    with counted(reader.read, len(dtypes)) as read:
+        return write_checkpoint(out, model, read, dtypes, values, model_type, add_beside)
 
 
 def read_model(contents: Contents) -> ModelConfig:

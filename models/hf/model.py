@@ -114,10 +114,11 @@ def _documents(ids: Tensor, cu_seqlens: Boundaries | None) -> Documents | None:
     if cu_seqlens is None:
         return None
     rows = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else [*cu_seqlens]
-    if rows and not isinstance(rows[0], Sequence):
+    if rows and not isinstance(rows[0], (Sequence, Tensor)):
         rows = [rows]
-    if len(rows) != len(ids) or any(row[-1] != ids.shape[1] for row in rows):
-        raise ValueError(
-            f"cu_seqlens are of {len(rows)} sequences, allowed: for each of {len(ids)} boundaries up to {ids.shape[1]}"
-        )
+    rows = [row.tolist() if isinstance(row, Tensor) else row for row in rows]
+    if len(rows) != len(ids):
+        raise ValueError(f"cu_seqlens are of {len(rows)} sequences, allowed: a row for each of the {len(ids)}")
+    if ends := [row[-1:] for row in rows if [*row[-1:]] != [ids.shape[1]]]:
+        raise ValueError(f"cu_seqlens end at {ends[0]}, allowed: {ids.shape[1]}")
     return pack_documents(rows, torch.arange(ids.shape[1], device=ids.device))

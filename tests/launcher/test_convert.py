@@ -233,6 +233,9 @@ def test_what_a_run_cannot_start_from(pool, imported, tmp_path):
     prepare(load_config(imported / "config.yaml", [*keys, *own], 1))
     (error,) = pool.run(1, first_step, imported / "config.yaml", [*keys, *own])
     assert error == f"{imported} was trained with another tokenizer than {tmp_path / 'bpe'}/tokenizer.json"
+    with pytest.raises(ConfigError, match="run is .*, as start_from is; allowed: another folder"):
+        load_config(imported / "config.yaml", [*keys, f"run={imported}"])
+    assert load_config(imported / "config.yaml").run.resolve() != imported
     with pytest.raises(ConfigError, match="data.tokenizer.file is None, allowed with kind file: a file"):
         load_config("quickstart", ["data.tokenizer.kind=file"])
 

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ssd.reference import pad_and_chunk, unchunk
+from ..steps import positive_steps, slopes
 from .segments import CHUNK
 
 # Floats of one block's [chunks, CHUNK, d, n].
@@ -169,7 +170,7 @@ def main_grads(
     steps = _Steps(dt, A, dt_bias, resets, low, high, runs)
     of_tokens = [(t.shape, t.dtype) for t in (x, dt, B, C)]
     dz = dy.new_empty(0) if z is None else torch.empty_like(steps.cut(z))
-    slope = steps.cut(_positive_grad(dt, dt_bias, low, high))
+    slope = steps.cut(slopes(dt, dt_bias, low, high))
     x, B, C, dy = steps.cut(x), steps.cut(B), steps.cut(C), steps.cut(dy)
     S_in, dU = S_in.flatten(0, 1), dU.flatten(0, 1)
     dx, ddt, dB, dC = (torch.empty_like(t) for t in (x, slope, B, C))
@@ -224,7 +225,7 @@ class _Steps:
         runs: int,
     ) -> None:
         self.runs = runs
-        self.dt = self.cut(F.softplus(_raw(dt, dt_bias)).clamp(low, high))  # [k, q, d]
+        self.dt = self.cut(positive_steps(dt, dt_bias, low, high))  # [k, q, d]
         self.A = A.to(self.dt.dtype).T.contiguous()  # [n, d]
         self.rates = (A.T.double() / math.log(2)).to(self.dt.dtype).contiguous()
         """Of the power of 2."""
@@ -292,14 +293,3 @@ class _Steps:
         for t in reversed(range(CHUNK - 1)):
             each[t].addcmul_(kept[t + 1], each[t + 1])
         return G
-
-
-def _raw(dt: Tensor, dt_bias: Tensor | None) -> Tensor:
-    raw = dt.to(torch.promote_types(dt.dtype, torch.float32))
-    return raw if dt_bias is None else raw + dt_bias.to(raw.dtype)
-
-
-def _positive_grad(dt: Tensor, dt_bias: Tensor | None, low: float, high: float) -> Tensor:
-    raw = _raw(dt, dt_bias)
-    positive = F.softplus(raw)
-    return raw.sigmoid() * ((positive >= low) & (positive <= high))

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ..dispatch import fused
 from ..scan import LocalScan, Pending, Scan, exclusive_scan, without_memory
+from ..steps import NO_LIMIT
 from ..target import generation
 from . import reference
 from .operands import Grads, Operands, Prepared
-from .reference import NO_LIMIT
 
 HEAD_DIMS, STATE_DIMS = (32, 64, 128), (16, 64, 128, 256)
 """That the Triton kernels take."""

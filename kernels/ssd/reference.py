@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..steps import positive_steps, raw_steps, slopes
 from .operands import Grads, Operands, Prepared
 
-NO_LIMIT = (0.0, float("inf"))
 LOG2E = 1.0 / math.log(2.0)
 # Floats of one block's [heads, q, q + p] work, so that it stays in cache (2 MB measured best).
 BLOCK_FLOATS = 1 << 19
@@ -214,13 +214,12 @@ def chunk_main_grads(c: Chunks, dy: Tensor, D: Tensor | None, S_in: Tensor, dU: 
 
 def prepare(o: Operands) -> Prepared:
     """Positive dt [b, l, h] in fp32 or fp64, clamp(softplus(dt + dt_bias), low, high); no scores."""
-    positive = F.softplus(_raw(o))
-    return Prepared(positive if (o.low, o.high) == NO_LIMIT else positive.clamp(o.low, o.high), o.x.new_empty(0))
+    return Prepared(positive_steps(o.dt, o.dt_bias, o.low, o.high), o.x.new_empty(0))
 
 
 def prepared_like(o: Operands) -> Prepared:
     """As `prepare`, without values."""
-    return Prepared(torch.empty_like(_raw(o)), o.x.new_empty(0))
+    return Prepared(torch.empty_like(raw_steps(o.dt, o.dt_bias)), o.x.new_empty(0))
 
 
 def map_count(o: Operands) -> int:
@@ -262,7 +261,7 @@ def main_grads(o: Operands, prepared: Prepared, S_in: Tensor, dU: Tensor, dy: Te
     chunked = pad_and_chunk(dy, o.runs, o.chunk)
     grads = chunk_main_grads(_chunks(o, prepared), chunked, o.D, S_in.flatten(0, 1), dU.flatten(0, 1))
     dx, dB, dC = (unchunk(g, t.shape, o.runs).clone() for g, t in ((grads.dx, o.x), (grads.dB, o.B), (grads.dC, o.C)))
-    ddt = unchunk(grads.ddt, o.dt.shape, o.runs) * _positive_grad(o)
+    ddt = unchunk(grads.ddt, o.dt.shape, o.runs) * slopes(o.dt, o.dt_bias, o.low, o.high)
     dD = torch.zeros_like(grads.dA) if grads.dD is None else grads.dD
     dA, dD, ddt_bias = (t.to(ddt.dtype) for t in (grads.dA, dD, ddt.sum((0, 1), dtype=torch.float64)))
     return Grads(dx, ddt.to(o.dt.dtype), dA, dB, dC, dD, ddt_bias)
@@ -276,20 +275,6 @@ def _outputs(o: Operands, prepared: Prepared, S_in: Tensor) -> Tensor:
     chunked = chunk_outputs(_chunks(o, prepared), S_in.flatten(0, 1), o.D)
     # A tensor of its own and not a view: FSDP warns of views that a module returns.
     return torch.empty_like(o.x, memory_format=torch.contiguous_format).copy_(unchunk(chunked, o.x.shape, o.runs))
-
-
-def _raw(o: Operands) -> Tensor:
-    raw = o.dt.to(torch.promote_types(o.dt.dtype, torch.float32))
-    return raw if o.dt_bias is None else raw + o.dt_bias.to(raw.dtype)
-
-
-def _positive_grad(o: Operands) -> Tensor:
-    raw = _raw(o)
-    slope = torch.sigmoid(raw)
-    if (o.low, o.high) == NO_LIMIT:
-        return slope
-    positive = F.softplus(raw)
-    return slope * ((positive >= o.low) & (positive <= o.high))
 
 
 class _Decays:

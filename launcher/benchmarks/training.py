@@ -34,7 +34,6 @@ AGREEMENT = 1e-4
 """Of the two losses, relative, at most: it is one model."""
 WARM_UP = 64
 """Tokens of the step before the one whose memory is measured."""
-PACKAGES = ["torch", "transformers", "mambapy"]
 VOCABULARY = 512
 
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "use_cache": False}
@@ -83,7 +82,7 @@ class Comparison:
 
 def bench_training(names: list[str], lengths: list[int], threads: int, file: Path | None) -> None:
     """Prints what was compared and a table, and writes it as JSON. Raises UserError."""
-    machine = _machine(threads)
+    machine = _machine(names, threads)
     torch.set_num_threads(threads)
     console.print(", ".join(f"{name} {value}" for name, value in machine.items()), soft_wrap=True)
     comparisons: list[Comparison] = []
@@ -219,18 +218,21 @@ def _ids(tokens: int) -> Tensor:
 
 
 def _transformers() -> Any:
-    """The library, silent."""
-    import transformers
-
+    """The library, silent. Raises UserError where it is there, but cannot be imported."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(f"transformers cannot be imported: {error}") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
 
 
-def _machine(threads: int) -> dict[str, str | int]:
-    """What ran, and on what. Raises UserError where a package is missing."""
+def _machine(names: list[str], threads: int) -> dict[str, str | int]:
+    """What ran, and on what. Raises UserError where a package is missing that one of the models needs."""
+    packages = ["torch", "transformers", *["mambapy"] * any("use_mambapy" in MODELS[name] for name in names)]
     try:
-        versions = {name: version(name) for name in PACKAGES}
+        versions = {name: version(name) for name in packages}
     except PackageNotFoundError as missing:
         raise UserError(f"{missing.name} is not installed; pip install baton-train[hf]") from None
     return {"cpu": _cpu(), "threads": threads, "python": platform.python_version(), **versions}

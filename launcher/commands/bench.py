@@ -86,7 +86,7 @@ def kernels(
 
 @app.command()
 def train(
-    peer: str = typer.Option(help="Beside whom: hf, which is Hugging Face's transformers."),
+    peer: str = typer.Option(help="hf: Hugging Face's transformers, the only one."),
     model: list[str] = typer.Option([], help="jamba, mamba2 or bamba, more than once for several; all unless given."),
     tokens: str = typer.Option("", help="Lengths, 2048,8192 unless given."),
     json: Path | None = typer.Option(None, help="Where the numbers go at the end."),

@@ -19,7 +19,7 @@ def from_hf(
     folder: Path = HF_DIR,
     out: Path = typer.Argument(metavar="OUT", help="The checkpoint to write; it must not be there."),
 ) -> None:
-    """Make a checkpoint of which any mesh trains on, with a config for it; one tensor is in memory at a time."""
+    """Write a checkpoint that any mesh can start from, and a config for it; memory: the largest tensor and 256 MiB."""
     from ..errors import user_errors
 
     with user_errors():
@@ -38,7 +38,7 @@ def to_hf(
     ),
     dtype: str | None = typer.Option(None, help="bf16 or fp32, but for A_log, D, dt_bias; unless given, as it is."),
 ) -> None:
-    """Make a folder that transformers reads; one tensor is in memory at a time."""
+    """Write a folder that transformers reads; memory: the largest tensor."""
     from ..errors import user_errors
 
     with user_errors():
@@ -52,13 +52,13 @@ def to_hf(
 def check(
     folder: Path = HF_DIR,
     checkpoint: Path = CHECKPOINT,
-    tokens: Path | None = typer.Option(None, help="A file of token ids, with blanks between them; unless given, 64 at random."),
+    tokens: Path | None = typer.Option(None, help="A file of token ids, separated by blanks; unless given, 64 at random."),
     reference: Path | None = typer.Option(
         None, help="A safetensors file that --write-reference has written: transformers is then not needed."
     ),
     write_reference: Path | None = typer.Option(None, help="Where to write what transformers computed."),
     tolerance: float = typer.Option(1e-4, min=0.0, help="Largest difference over the largest value that is allowed."),
-    json: Path | None = typer.Option(None, help="Where the errors go."),
+    json: Path | None = typer.Option(None, help="Where to write the errors that the table has."),
 ) -> None:
     """Compare logits, loss, auxiliary loss and every gradient with transformers, in fp32."""
     from ..errors import user_errors

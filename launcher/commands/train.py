@@ -44,10 +44,12 @@ def train(
         if not under_torchrun():
             processes = choose_processes(nproc, asked)
             checked = load_config(config, values, processes)
+            from ..checkpoints.model import check_start
             from ..training.run_folder import check_run_folder
             from ..training.token_files import prepare
 
             check_run_folder(checked.run, resume)
+            check_start(checked, resume)
             prepare(checked)
             if processes > 1:
                 options = ["--resume"] * resume + (["--stop-at", str(stop_at)] if stop_at else [])

@@ -1,1 +1,1 @@
-"""Hugging Face's checkpoints into this package's and back, one tensor in memory at a time, and whether both compute the same."""
+"""Hugging Face's checkpoints into this package's and back, a tensor at a time, and whether both compute the same."""

@@ -22,9 +22,9 @@ from ...models.hf.tensors import usual_name
 from ...models.hybrid import moe_layers
 from ..checkpoints.contents import read_contents
 from ..checkpoints.manifest import find_checkpoint
+from ..checkpoints.model import read_model
 from ..checkpoints.tensors import CheckpointTensors
 from .report import console
-from .to_hf import read_model
 
 TOKENS = 64
 """Drawn at random where none are given."""
@@ -55,6 +55,8 @@ def check_conversion(
     for file in (write_reference, out):
         if file is not None and not file.parent.is_dir():
             raise UserError(f"{file.parent} is no folder; allowed: a file in one that exists")
+    if reference is not None and write_reference is not None:
+        raise UserError("--reference and --write-reference: allowed: one of them, what is written being of transformers")
     if reference is not None and tokens is not None:
         raise UserError("--tokens and --reference: allowed: one of them, the reference being of its own tokens")
     if reference is None:
@@ -145,7 +147,7 @@ def _read_reference(file: Path) -> dict[str, Tensor]:
 def _load(checkpoint: Path, theirs: HFCheckpoint) -> HFModel:
     """The checkpoint in fp32, as the family that it is to be."""
     contents = read_contents(find_checkpoint(checkpoint))
-    model = read_model(contents)
+    model = read_model(contents.folder)
     if key := difference(model, theirs.model):
         raise UserError(f"{contents.folder} is of another model than {theirs.folder}: its model.{key} is another")
     return build_hf(theirs.values, model, CheckpointTensors(contents).read, torch.float32)

@@ -1,7 +1,6 @@
 """A checkpoint of Hugging Face's becomes one that any mesh begins to train from."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from ... import __version__
 from ...configs.errors import UserError
 from ...configs.schema import Config
 from ...models.hf import HFCheckpoint
-from ...models.hf.files import CONFIG, partial_folder
+from ...models.hf.files import CONFIG, new_folder
 from ..checkpoints.manifest import MANIFEST, ORIGINAL
 from ..checkpoints.tensors import write_tensors
 from ..training.token_files import tokenizer_digest
@@ -30,21 +29,14 @@ def convert_from_hf(folder: Path, out: Path) -> HFCheckpoint:
     """Writes the checkpoint `out`, complete or not at all, with a config that trains from it. Raises UserError."""
     source = HFCheckpoint(folder)
     config = _config(source, out)
-    partial = partial_folder(out)
-    try:
-        tensors = {name: like.to(source.dtypes[name]) for name, like in source.ours.items()}
-        with counted(source.read, len(tensors)) as read:
-            write_tensors(partial, tensors, read)
+    tensors = {name: like.to(source.dtypes[name]) for name, like in source.ours.items()}
+    with new_folder(out) as partial, counted(source.read, len(tensors)) as read:
+        write_tensors(partial, tensors, read)
         copy_beside(folder, partial / ORIGINAL)
         if (folder / TOKENIZER).is_file():
             shutil.copyfile(folder / TOKENIZER, partial / TOKENIZER)
         (partial / "config.yaml").write_text(config.to_yaml())
         (partial / MANIFEST).write_text(json.dumps(_facts(partial), indent=1))
-        os.rename(partial, out)
-    except OSError as error:
-        raise UserError(f"{out}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return source
 
 

@@ -1,5 +1,6 @@
 """What a conversion says of itself."""
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,15 +18,35 @@ console = Console(highlight=False, soft_wrap=True)
 
 @contextmanager
 def counted(read: Callable[[str], Tensor], total: int) -> Iterator[Callable[[str], Tensor]]:
-    """`read`, which is called so often, with a bar on a terminal."""
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("converting", total=total)
+    """`read`, which is called so often, with a bar on a terminal; between two calls a signal ends the process."""
+    bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    with _held_signals() as end_if_asked, bar:
+        task = bar.add_task("converting", total=total)
 
         def counting(name: str) -> Tensor:
-            progress.advance(task)
+            end_if_asked()
+            bar.advance(task)
             return read(name)
 
         yield counting
+
+
+@contextmanager
+def _held_signals() -> Iterator[Callable[[], None]]:
+    """Ctrl-C and SIGTERM wait for a call of what it gives: within one of theirs, libraries turn them into errors of their own."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def end_if_asked() -> None:
+        if came:
+            sys.exit(128 + came[0])
+
+    try:
+        yield end_if_asked
+        end_if_asked()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def print_imported(source: HFCheckpoint, out: Path) -> None:

@@ -4,16 +4,15 @@ import shutil
 from pathlib import Path
 
 import torch
-import yaml
 
 from ...configs.errors import UserError
-from ...configs.schema import ModelConfig
 from ...models.hf import write_checkpoint
 from ...models.hf.families import FAMILIES
 from ...models.hf.files import CONFIG, read_json
 from ...models.hf.tensors import is_exact
 from ..checkpoints.contents import Contents, read_contents
 from ..checkpoints.manifest import ORIGINAL, find_checkpoint
+from ..checkpoints.model import read_model
 from ..checkpoints.tensors import CheckpointTensors
 from .from_hf import TOKENIZER, copy_beside
 from .report import counted
@@ -26,7 +25,7 @@ def convert_to_hf(checkpoint: Path, out: Path, model_type: str | None = None, dt
     that computes the same. dtype: of what need not be fp32; None: as it is.
     """
     contents = read_contents(find_checkpoint(checkpoint))
-    model, original = read_model(contents), find_original(contents)
+    model, original = read_model(contents.folder), find_original(contents)
     values = {} if original is None else read_json(original / CONFIG)
     reader = CheckpointTensors(contents)
     dtypes = {name: dtype if dtype and not is_exact(name) else entry.dtype for name, entry in reader.entries.items()}
@@ -39,14 +38,6 @@ def convert_to_hf(checkpoint: Path, out: Path, model_type: str | None = None, dt
 
     with counted(reader.read, len(dtypes)) as read:
         return write_checkpoint(out, model, read, dtypes, values, model_type, add_beside)
-
-
-def read_model(contents: Contents) -> ModelConfig:
-    """Of a checkpoint. Raises UserError."""
-    try:
-        return ModelConfig.model_validate(contents.config["model"])
-    except (KeyError, ValueError, yaml.YAMLError):
-        raise UserError(f"{contents.folder}/config.yaml: is damaged, or of another version of baton") from None
 
 
 def find_original(contents: Contents) -> Path | None:

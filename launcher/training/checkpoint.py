@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import yaml
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -20,11 +19,11 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from ... import __version__
 from ...configs.errors import UserError
-from ...configs.pattern import CUT
-from ...configs.schema import TRAINING_KEYS, Config, ModelConfig
+from ...configs.schema import Config
 from ...models.stages import Stages
 from ...parallel.failures import RankGone, naming_the_missing
 from ..checkpoints.manifest import MANIFEST, ORIGINAL, read_manifest
+from ..checkpoints.model import check_model
 from .run_folder import checkpoint_folder, checkpoints
 from .token_files import tokenizer_digest
 
@@ -104,7 +103,7 @@ class Checkpointer:
         Raises UserError: truncated, another model's, or trained with another tokenizer.
         """
         digest = read_manifest(folder)["tokenizer"]
-        self._check_model(folder)
+        check_model(folder, self.config.model)
         self._note_original(folder)
         if digest is not None and digest != tokenizer_digest(self.config.data.folder):
             raise UserError(f"{folder} was trained with another tokenizer than {self.config.data.folder}/tokenizer.json")
@@ -164,19 +163,13 @@ class Checkpointer:
 
     def _check(self, folder: Path) -> dict[str, Any]:
         facts = read_manifest(folder)
-        self._check_model(folder)
+        check_model(folder, self.config.model)
         if facts["tokenizer"] != tokenizer_digest(self.config.data.folder):
             raise UserError(f"{folder} was trained with another tokenizer than {self.config.data.folder}/tokenizer.json")
         for key, value in self._data_facts().items():
             if facts["data"][key] != value:
                 raise UserError(f"{folder} was trained on other data: its {key} is {facts['data'][key]}, now {value}")
         return facts
-
-    def _check_model(self, folder: Path) -> None:
-        saved, now = _shapes(_read_model(folder)), _shapes(self.config.model)
-        for key in {**now, **saved}:
-            if (before := saved.get(key)) != (value := now.get(key)):
-                raise UserError(f"{folder} is of another model: its model.{key} is {before!r}, the config's {value!r}")
 
 
 class _Writer(FileSystemWriter):
@@ -272,29 +265,6 @@ def _without_new_buffers(tensors: dict[str, Tensor], folder: Path) -> dict[str, 
     """Buffers that the checkpoint lacks, such as biases of experts that the run had no rate for, begin as in a new model."""
     saved = FileSystemReader(folder).read_metadata().state_dict_metadata
     return {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter) or f"model.{name}" in saved}
-
-
-def _read_model(folder: Path) -> ModelConfig:
-    """As it was saved; what has become a key since has its default."""
-    try:
-        return ModelConfig.model_validate(yaml.safe_load((folder / "config.yaml").read_text())["model"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        raise UserError(f"{folder}/config.yaml: is damaged, or of another version of baton") from None
-
-
-def _shapes(model: ModelConfig) -> dict[str, Any]:
-    """By key, what has to be as in the checkpoint: neither where a pipeline is cut nor TRAINING_KEYS."""
-    leaves = dict(_leaves(model.model_dump(mode="json", exclude={"repeat"})))
-    leaves["pattern"] = (model.pattern * model.repeat).replace(CUT, "")
-    return {key: value for key, value in leaves.items() if key not in TRAINING_KEYS}
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _reason(error: BaseException) -> str:

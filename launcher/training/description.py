@@ -47,7 +47,7 @@ def summarize(config: Config, done: int, consumed: int, sample: str | None) -> s
     lines = [
         "",
         f"Trained {done} of {config.schedule.steps} steps, {consumed * config.data.context:,} tokens.",
-        *(f"Validation loss {first:.3f} -> {last:.3f} ({last / first:.0%} of the untrained model's)." for first, last in ends),
+        *(f"Validation loss {first:.3f} -> {last:.3f} ({last / first:.0%} of what it began with)." for first, last in ends),
         f"  checkpoint   {checkpoint_folder(run, done)}",
         f"  loss curve   {plot_losses(run)}",
         *([f"  experts      {experts}"] if experts else []),

@@ -21,7 +21,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def check_run_folder(run: Path, resume: bool) -> None:
-    """Raises UserError when the folder cannot be written, or a run would begin where one is already."""
+    """Raises UserError where the folder cannot be written, or a run would begin where one is already."""
     nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"run {run}: {nearest} is no folder that can be written")

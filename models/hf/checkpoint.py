@@ -2,8 +2,6 @@
 
 import functools
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +13,7 @@ from torch import Tensor
 from ...configs.errors import UserError
 from ...configs.schema import ModelConfig
 from .families import read_config, write_config
-from .files import CONFIG, SHARD_BYTES, Described, TensorFiles, partial_folder, read_json, write_folder
+from .files import CONFIG, SHARD_BYTES, Described, TensorFiles, new_folder, read_json, write_folder
 from .tensors import HEAD, HFTensor, hf_tensors, is_exact, our_tensors, usual_name
 
 SEVERAL = 3
@@ -102,17 +100,11 @@ def write_checkpoint(
     assert sum(each.shape.numel() for each in table) == sum(tensor.numel() for tensor in numbers.values())
     values["dtype"] = str(Counter(dtypes.values()).most_common(1)[0][0]).removeprefix("torch.")
     latest = _Latest(read)
-    partial = partial_folder(folder)
-    try:
+    with new_folder(folder) as partial:
         write_folder(partial, table, lambda name: theirs[name].join(latest.of(theirs[name])).to(widest[name]), shard_bytes)
         if extra is not None:
             extra(partial)
         (partial / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-        os.rename(partial, folder)
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return values["model_type"]
 
 

@@ -200,6 +200,14 @@ def _limit(model: ModelConfig) -> Values:
     return {"time_step_limit": [model.mamba2.dt_min, {"__float__": "Infinity"} if high is None else high]}
 
 
+def _expand(model: ModelConfig) -> int:
+    """Inner channels of Mamba-2 for each of the model's, which theirs have in whole numbers."""
+    expand, rest = divmod(model.inner, model.d_model)
+    if rest and "mamba2" in _used(model):
+        raise ValueError(f"its {model.inner} inner channels are no multiple of model.d_model, {model.d_model}")
+    return expand
+
+
 def _rope(values: Values) -> Values:
     """Without the fraction of a head's dims."""
     key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
@@ -212,6 +220,9 @@ def _rope(values: Values) -> Values:
 
 def _jamba_read(values: Values) -> Values:
     layers, experts = range(values["num_hidden_layers"]), values["num_experts"] > 1
+    for key in ("attn_layer_period", "expert_layer_period"):
+        if values[key] < 1:
+            raise KeyedError(key, f"is {values[key]}, allowed: 1 and more")
     mixers = ["*" if i % values["attn_layer_period"] == values["attn_layer_offset"] else "m" for i in layers]
     moe = ["E" if experts and i % values["expert_layer_period"] == values["expert_layer_offset"] else "-" for i in layers]
     rank = values["mamba_dt_rank"]
@@ -267,9 +278,7 @@ def _ssd_read(values: Values) -> Values:
 
 
 def _ssd_write(model: ModelConfig) -> Values:
-    expand, rest = divmod(model.inner, model.d_model)
-    if rest and "mamba2" in _used(model):
-        raise ValueError(f"its {model.inner} inner channels are no multiple of model.d_model, {model.d_model}")
+    expand = _expand(model)
     values = {"num_hidden_layers": len(model.layers), "mamba_expand": expand, "mamba_d_head": model.mamba2.head_dim}
     if "mamba2" not in _used(model):
         # It is looked at all the same.
@@ -326,10 +335,7 @@ def _mamba2_read(values: Values) -> Values:
 
 
 def _mamba2_write(model: ModelConfig) -> Values:
-    expand, rest = divmod(model.inner, model.d_model)
-    if rest:
-        raise ValueError(f"its {model.inner} inner channels are no multiple of model.d_model, {model.d_model}")
-    return {"num_hidden_layers": len(model.layers), "expand": expand} | _limit(model)
+    return {"num_hidden_layers": len(model.layers), "expand": _expand(model)} | _limit(model)
 
 
 def _nemotron_read(values: Values) -> Values:

@@ -6,8 +6,10 @@ tensor's dtype, shape and place in what follows; the tensors' bytes, row by row,
 
 import json
 import os
+import shutil
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +84,7 @@ class TensorFiles:
     """The tensors of a folder, in one file or several."""
 
     def __init__(self, folder: Path, usual: Callable[[str], str]) -> None:
-        """usual: the name by which a tensor is asked for, of that in the files. Raises UserError."""
+        """usual: from a name in the files, that by which it is asked for. Raises UserError, also for other dtypes than DTYPES."""
         self.folder, self.usual = folder, usual
         self.places: dict[str, tuple[Path, str]] = {}
         self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
@@ -123,7 +125,7 @@ class TensorFiles:
             raise UserError(f"{file}: cannot be read: {error}") from None
 
     def shape(self, name: str) -> tuple[torch.Size, torch.dtype]:
-        """Of a tensor, without reading it. Raises UserError, also for a type that is none of DTYPES."""
+        """Of a tensor, without reading it."""
         return self.shapes[name]
 
     def read(self, name: str) -> Tensor:
@@ -150,13 +152,20 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def partial_folder(folder: Path) -> Path:
-    """Where a folder is written before it has its name. Raises UserError where that is taken."""
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which has this name when the block is complete, and is removed when it is not.
+
+    Raises UserError where the name is taken, and in place of OSError.
+    """
     if folder.exists():
         raise UserError(f"{folder} exists; allowed: a folder that does not")
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
+        yield partial
+        os.rename(partial, folder)
     except OSError as error:
-        raise UserError(f"{partial}: {error.strerror or error}") from None
-    return partial
+        raise UserError(f"{folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...configs.errors import UserError
 from ...configs.schema import ModelConfig
 from ...kernels.cross_entropy import IGNORED
 from ...kernels.documents import Documents, pack_documents
 from ..hybrid import HybridModel, Losses
 from .checkpoint import HFCheckpoint, write_checkpoint
+from .files import DTYPES
 from .tensors import hf_tensors, is_exact, our_tensors
 
 Boundaries = Sequence[int] | Sequence[Sequence[int]] | Tensor
@@ -38,7 +40,8 @@ class HFModel(nn.Module):
         with the weight of config.json (router_aux_loss_coef), as theirs does with output_router_logits.
 
         cu_seqlens: the boundaries of packed documents, [0, ..., l] of one sequence or a row of them for each. Documents do not see
-        each other, and the first token of one is no other's label. Raises ValueError for other boundaries.
+        each other, and the first token of one is no other's label. Raises ValueError for other boundaries. As theirs, cross_entropy
+        is nan where no label counts; labels beyond the vocabulary are not looked for.
         """
         documents = _documents(input_ids, cu_seqlens)
         if documents is not None:
@@ -66,8 +69,10 @@ def load_hf(folder: str | Path, dtype: torch.dtype | None = None, device: torch.
     """A checkpoint folder of Hugging Face's (Jamba, Mamba2, Bamba, GraniteMoeHybrid, NemotronH) on one device.
 
     dtype: of the parameters, None: as they are stored; A_log, D and dt_bias are in fp32 at least. Raises UserError where the folder
-    is damaged or has what is not supported, with the key of config.json.
+    is damaged or has what is not supported, with the key of config.json, and for another dtype than safetensors here are read in.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"load_hf: dtype is {dtype!r}, allowed: {', '.join(map(str, DTYPES))}, None")
     checkpoint = HFCheckpoint(Path(folder))
     return build_hf(checkpoint.values, checkpoint.model, checkpoint.read, dtype, device)
 
@@ -99,7 +104,7 @@ def build_hf(
 
 
 def save_hf(model: HFModel, folder: str | Path) -> None:
-    """Writes the model as a checkpoint folder of Hugging Face's, in the dtypes that it has; the folder must not be there.
+    """Writes the model's config.json and safetensors, in the dtypes that it has; the folder must not be there.
 
     Raises UserError where it cannot be written.
     """

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
@@ -49,7 +50,7 @@ def test_command(tmp_path, monkeypatch, threads):
     assert result.exit_code == 0, result.output
     assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
     (found,) = json.loads(file.read_text())
-    versions = {name: version(name) for name in ("torch", "transformers", "mambapy")} | {"python": platform.python_version()}
+    versions = {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()}
     assert found.items() >= {"model": "mamba2", "tokens": 512, "threads": 1, "steps": 3, **versions}.items()
     assert torch.get_num_threads() == 1
     theirs, ours = found["theirs_tokens_per_second"], found["ours_tokens_per_second"]
@@ -186,6 +187,10 @@ def test_missing_package(monkeypatch):
     monkeypatch.setattr(training, "version", without_mambapy)
     result = run("--peer", "hf")
     assert (result.exit_code, result.stderr) == (1, "error: mambapy is not installed; pip install baton-train[hf]\n")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    result = run("--peer", "hf", "--model", "bamba")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: transformers cannot be imported: ")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """`baton convert`: what it writes, what it says, what it leaves behind; and runs that start from what it wrote."""
 
 import json
+import os
 import shutil
+import signal
 import sys
 import weakref
 
@@ -19,8 +21,10 @@ from baton.launcher.checkpoints import tensors as checkpoint_tensors  # noqa: E4
 from baton.launcher.checkpoints.contents import read_contents  # noqa: E402
 from baton.launcher.cli import app  # noqa: E402
 from baton.launcher.conversion.from_hf import convert_from_hf  # noqa: E402
+from baton.launcher.conversion.to_hf import convert_to_hf  # noqa: E402
 from baton.launcher.training.tokenizer import byte_tokenizer  # noqa: E402
 from baton.models.hf import HFCheckpoint, load_hf  # noqa: E402
+from baton.models.hf.files import TensorFiles  # noqa: E402
 from helpers import relative_error  # noqa: E402
 
 
@@ -165,6 +169,10 @@ def test_bad_input_leaves_nothing(jamba, imported, tmp_path):
     assert error_of("from-hf", taken, tmp_path / "out").startswith(f"error: {taken}/config.json: No such file")
     assert "no complete checkpoint" in error_of("to-hf", jamba, tmp_path / "out")
     (tmp_path / "ids.txt").write_text("1 2 900")
+    both = ("--reference", tmp_path / "a", "--write-reference", tmp_path / "b")
+    assert "--reference and --write-reference: allowed: one of them" in error_of("check", jamba, imported, *both)
+    with pytest.raises(UserError, match="load_hf: dtype is torch.int8, allowed: torch.float64, "):
+        load_hf(jamba, torch.int8)
     assert "allowed: two token ids and more, from 0 to 259" in error_of("check", jamba, imported, "--tokens", tmp_path / "ids.txt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ids.txt", "taken"]
 
@@ -177,6 +185,30 @@ def test_a_write_that_fails_leaves_nothing(jamba, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="out: No space left on device"):
         convert_from_hf(jamba, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_nothing(jamba, imported, tmp_path, monkeypatch, number):
+    """It waits for the tensor that is read; before and after, signals do what they did."""
+    before = signal.getsignal(number)
+    reading, read_so_far = TensorFiles.read, []
+
+    def interrupted(self, name):
+        os.kill(os.getpid(), number)
+        read_so_far.append(name)
+        return reading(self, name)
+
+    monkeypatch.setattr(TensorFiles, "read", interrupted)
+    with pytest.raises(SystemExit, match=str(128 + number)):
+        convert_from_hf(jamba, tmp_path / "in")
+    assert len(read_so_far) == 1
+    monkeypatch.undo()
+    own = checkpoint_tensors.CheckpointTensors.read
+    monkeypatch.setattr(checkpoint_tensors.CheckpointTensors, "read", lambda *given: (os.kill(os.getpid(), number), own(*given))[1])
+    with pytest.raises(SystemExit, match=str(128 + number)):
+        convert_to_hf(imported, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(number) == before
 
 
 def first_step(rank, file, overrides):
@@ -229,6 +261,10 @@ def test_what_a_run_cannot_start_from(pool, imported, tmp_path):
     prepare(load_config(imported / "config.yaml", keys, 1))
     (error,) = pool.run(1, first_step, imported / "config.yaml", [*keys, "model.mamba.state_dim=4"])
     assert error == f"{imported} is of another model: its model.mamba.state_dim is 6, the config's 4"
+    early = [*keys, f"data.folder={tmp_path / 'never'}", "model.mamba.state_dim=4"]
+    result = CliRunner().invoke(app, ["train", str(imported / "config.yaml"), *early, "--nproc", "1"])
+    assert (result.exit_code, result.stderr) == (1, f"error: {error}\n")
+    assert not (tmp_path / "never").exists()
     own = [f"data.folder={tmp_path / 'bpe'}", "data.tokenizer={kind: bpe}"]
     prepare(load_config(imported / "config.yaml", [*keys, *own], 1))
     (error,) = pool.run(1, first_step, imported / "config.yaml", [*keys, *own])

@@ -52,7 +52,7 @@ def test_logits_losses_and_every_gradient(kind, folders, tmp_path):
     aux_loss = getattr(expected, "aux_loss", None)
     assert (aux_loss is None) == (kind not in ("jamba", "granitemoehybrid"))
     if aux_loss is None:
-        assert float(losses["aux_loss"]) == 0
+        assert losses["aux_loss"].item() == 0
     else:
         assert relative_error(losses["aux_loss"].detach(), aux_loss.detach()) <= 1e-5
         assert float((losses["loss"] - losses["cross_entropy"]).detach()) > 0.1
@@ -162,7 +162,8 @@ def read_one(file):
         ("bamba", {"z_loss_coefficient": 0.1}, "z_loss_coefficient is 0.1, allowed: 0.0"),
         ("bamba", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters.rope_type is 'yarn'"),
         ("bamba", {"rope_scaling": {"type": "linear"}}, "rope_scaling.rope_type is 'linear', allowed: 'default'"),
-        ("jamba", {"attn_layer_period": 0}, "values that do not make a model: "),
+        ("jamba", {"attn_layer_period": 0}, "attn_layer_period is 0, allowed: 1 and more"),
+        ("jamba", {"attn_layer_period": "8"}, "values that do not make a model: "),
         ("bamba", {"time_step_limit": [0.0]}, "time_step_limit is [0.0], allowed: two numbers"),
         ("nemotron_h", {"layers_block_type": None, "hybrid_override_pattern": "Mm"}, "hybrid_override_pattern has 'm', allowed: M"),
         ("granitemoehybrid", {"layer_types": ["mamba", "conv"]}, "layer_types has 'conv', allowed: mamba, linear_attention"),

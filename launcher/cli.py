@@ -2,7 +2,7 @@
 
 import typer
 
-from .commands import bench, checkpoint, convert, data, plan, train, verify
+from .commands import bench, checkpoint, convert, data, generate, plan, train, verify
 
 app = typer.Typer(
     name="baton",
@@ -13,6 +13,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("verify")(verify.verify)
+app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")

@@ -13,6 +13,7 @@ from .initialization import initialize
 from .mixers.attention import Attention
 from .mixers.mamba import Mamba
 from .mixers.mamba2 import Mamba2
+from .mixers.state import State
 from .mlp import MLP
 from .moe import MoE, auxiliary_loss, auxiliary_size
 from .norm import RMSNorm
@@ -62,23 +63,25 @@ class Layer(nn.Module):
         """What backward computes again."""
 
     def forward(
-        self, x: Tensor, positions: Tensor | None = None, documents: Documents | None = None
+        self, x: Tensor, positions: Tensor | None = None, documents: Documents | None = None, state: State | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """x [b, l, d], positions [l] -> x, and the layer's part of the auxiliary loss if it has one."""
+        """x [b, l, d], positions [l] -> x, and the layer's part of the auxiliary loss if it has one. state: of its mixer."""
         if self.recompute == "layer":
-            return run_again(self._both, x, positions, documents)
-        return self._both(x, positions, documents)
+            return run_again(self._both, x, positions, documents, state)
+        return self._both(x, positions, documents, state)
 
-    def _both(self, x: Tensor, positions: Tensor | None, documents: Documents | None) -> tuple[Tensor, Tensor | None]:
-        mix = (x, positions, documents)
+    def _both(
+        self, x: Tensor, positions: Tensor | None, documents: Documents | None, state: State | None
+    ) -> tuple[Tensor, Tensor | None]:
+        mix = (x, positions, documents, state)
         y = run_again(self._mix, *mix) if self.recompute == "mixer" else self._mix(*mix)
         if self.kinds.feed_forward is None:
             # Not left to the next layer's norm: a layer that is computed again would keep two tensors instead of their sum.
             return x + y, None
         return run_again(self._feed, y, x) if self.recompute == "feed_forward" else self._feed(y, x)
 
-    def _mix(self, x: Tensor, positions: Tensor | None, documents: Documents | None) -> Tensor:
-        return self._scaled(self.mixer(self.mixer_norm(x), positions, documents))
+    def _mix(self, x: Tensor, positions: Tensor | None, documents: Documents | None, state: State | None) -> Tensor:
+        return self._scaled(self.mixer(self.mixer_norm(x), positions, documents, state))
 
     def _feed(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         normed, x = self.feed_forward_norm(y, x)
@@ -146,6 +149,7 @@ class HybridModel(nn.Module):
         positions: Tensor | None = None,
         documents: Documents | None = None,
         parts: Tensor | None = None,
+        states: dict[str, State] | None = None,
     ) -> Tensor | Losses | tuple[Tensor, Tensor]:
         """Logits [b, l, vocab] of ids [b, l]; with labels [b, l] (already shifted, IGNORED counts nothing), the losses.
 
@@ -154,6 +158,8 @@ class HybridModel(nn.Module):
 
         A stage that is not the first takes as x and parts what the one before it gives, hidden states [b, l, d] and the sum of the
         layers' parts of the auxiliary loss, [auxiliary_size] in fp32 or wider; one that is not the last gives them.
+
+        states: of generation, by layer, which go on by the tokens; logits are then of the last token alone, [b, 1, vocab].
         """
         if self.packed and documents is None:
             raise ValueError("the data is packed (data.documents) and no documents came with it: see Layout.documents")
@@ -162,14 +168,14 @@ class HybridModel(nn.Module):
         if parts is None:
             dtype = torch.promote_types(x.dtype, torch.float32)
             parts = torch.zeros(auxiliary_size(self.config.moe), dtype=dtype, device=x.device)
-        for layer in self.layers.values():
-            x, part = layer(x, positions, documents)
+        for name, layer in self.layers.items():
+            x, part = layer(x, positions, documents, None if states is None else states[name])
             if part is not None:
                 parts = parts + part
         if self.head is None:
             # Where no layer has added to it, it is a schedule's buffer, on which FSDP would leave a hook in every micro-step.
             return x, parts.clone()
-        out = self.head(x, labels)
+        out = self.head(x if states is None else x[:, -1:], labels)
         return out if labels is None else Losses(out, auxiliary_loss(parts, self.config.moe, moe_layers(self.config)))
 
     def parts(self) -> dict[str, nn.Module]:

@@ -12,6 +12,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from ..configs.schema import Config
+from ..kernels.attention import causal_attention
+from ..kernels.scan import LocalScan
 from ..parallel.affine_scan import SequenceScan
 from ..parallel.attention import ATTENTION_FLOPS, SequenceAttention, choose_attention
 from ..parallel.attention import Strategy as AttentionStrategy
@@ -72,6 +74,41 @@ def build_stage(
     fully_shard_summing(model, mesh.data, MixedPrecisionPolicy(), free=False)
     _prefetch(parts)
     return model
+
+
+def build_replica(config: Config, mesh: Mesh, device: torch.device) -> HybridModel:
+    """The model that is not trained: without FSDP, every rank has all of it but for what tp shares out, in the compute dtype.
+
+    Its parameters are empty: a checkpoint has to fill them. Over cp it reads one sequence, as `shard_sequence` says, until
+    `leave_sequence`. All ranks call it. Raises ValueError where the model does not fit the mesh.
+    """
+    with torch.device("meta"):
+        model = HybridModel(config.model).to(DTYPES[config.precision])
+    for module in model.modules():
+        if not getattr(module, "fp32", False):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(COMPUTE_DTYPES[config.precision])
+    meet_neighbours(config, mesh)
+    model.strategies = choose_strategies(config, mesh, device)
+    shard_sequence(model, config, mesh)
+    spread_experts(model, config, mesh)
+    for part in model.parts().values():
+        part.to_empty(device=device)
+        shard_tensors(part, mesh, False)
+    model.tie()
+    return model.eval()
+
+
+def leave_sequence(model: HybridModel) -> None:
+    """Undoes `shard_sequence`, and what `spread_experts` says of other ranks' tokens: the rank goes on with tokens of its own."""
+    for module in _of(model, (StateSpace, SelectiveStateSpace)):
+        module.scan = LocalScan()
+    for module in _of(model, ShortConv):
+        module.halo = None
+    for module in _of(model, Attention):
+        module.attend = causal_attention
+    for module in _of(model, MoE):
+        module.sum_over_tokens = None
 
 
 def shard_sequence(model: HybridModel, config: Config, mesh: Mesh) -> None:

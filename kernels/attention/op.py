@@ -127,6 +127,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | Non
     return attend(flat(q), flat(k), flat(v), cut(whole, whole, rows)).view(q.shape)
 
 
+def continued_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`causal_attention` of the last l tokens of t, q [b, l, h, e] -> [b, l, h, e]; k and v [b, t, hk, e] are of all."""
+    total = k.shape[1]
+    pieces = cut([(total - q.shape[1], total)], [(0, total)], [(0, total)] * len(q))
+    return attend(flat(q), flat(k), flat(v), pieces).view(q.shape)
+
+
 def flat(x: Tensor) -> Tensor:
     """[b, l, h, e] -> [b l, h, e], numbers of a head side by side: the kernels are silently wrong where they are not."""
     x = x.flatten(0, 1)

@@ -80,6 +80,14 @@ class _InFiles(FileSystemWriter):
         return done
 
 
+def reason(error: BaseException) -> str:
+    """In a line, what went wrong on the first rank where something did."""
+    if isinstance(error, CheckpointException):
+        error = error.failures[min(error.failures)][0]
+    said = (str(error).strip().splitlines() or [""])[0]
+    return said if isinstance(error, (OSError, UserError)) else f"{type(error).__name__}: {said}"
+
+
 def _as_os_error(error: BaseException) -> BaseException:
     """What PyTorch's file format says where a disk is full, say, in a line."""
     return OSError(str(error).splitlines()[0]) if isinstance(error, RuntimeError) else error

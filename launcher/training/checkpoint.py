@@ -24,6 +24,7 @@ from ...models.stages import Stages
 from ...parallel.failures import RankGone, naming_the_missing
 from ..checkpoints.manifest import MANIFEST, ORIGINAL, read_manifest
 from ..checkpoints.model import check_model
+from ..checkpoints.tensors import reason
 from .run_folder import checkpoint_folder, checkpoints
 from .token_files import tokenizer_digest
 
@@ -122,7 +123,7 @@ class Checkpointer:
         except RankGone:
             raise
         except (Exception, CheckpointException) as error:  # the library's own is no Exception
-            raise UserError(f"{folder}: cannot be read: {_reason(error)}") from None
+            raise UserError(f"{folder}: cannot be read: {reason(error)}") from None
 
     def _state(self) -> dict[str, dict[str, Tensor]]:
         """Tensors that are read in place. Settings such as the learning rate are not among them: the config's count."""
@@ -224,7 +225,7 @@ def _writing(target: Path) -> Iterator[None]:
     except CheckpointException as error:
         if dist.get_rank() == 0:
             shutil.rmtree(target.with_name(target.name + PARTIAL), ignore_errors=True)
-        raise UserError(f"{target}: cannot be written: {_reason(error)}") from None
+        raise UserError(f"{target}: cannot be written: {reason(error)}") from None
 
 
 def _write_durably(path: Path, text: str) -> None:
@@ -265,11 +266,3 @@ def _without_new_buffers(tensors: dict[str, Tensor], folder: Path) -> dict[str, 
     """Buffers that the checkpoint lacks, such as biases of experts that the run had no rate for, begin as in a new model."""
     saved = FileSystemReader(folder).read_metadata().state_dict_metadata
     return {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter) or f"model.{name}" in saved}
-
-
-def _reason(error: BaseException) -> str:
-    """In a line, what went wrong on the first rank where something did."""
-    if isinstance(error, CheckpointException):
-        error = error.failures[min(error.failures)][0]
-    said = (str(error).strip().splitlines() or [""])[0]
-    return said if isinstance(error, (OSError, UserError)) else f"{type(error).__name__}: {said}"

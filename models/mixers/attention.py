@@ -11,6 +11,7 @@ from ...configs.schema import ModelConfig
 from ...kernels.attention import causal_attention
 from ...kernels.documents import Documents
 from ..sharding import COLUMNS, ROWS, Sharding, SplitGroups
+from .state import KVCache
 
 
 class Attention(nn.Module):
@@ -36,8 +37,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(sizes.heads * sizes.head_dim, d, bias=False)
         self.attend: Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor] = causal_attention
 
-    def forward(self, u: Tensor, positions: Tensor | None = None, documents: Documents | None = None) -> Tensor:
-        """u [b, l, d], positions [l] in the whole sequence (None: 0 to l - 1), documents if packed -> [b, l, d]."""
+    def forward(
+        self, u: Tensor, positions: Tensor | None = None, documents: Documents | None = None, state: KVCache | None = None
+    ) -> Tensor:
+        """u [b, l, d], positions in the whole sequence ([l] or [b, l], None: 0 to l - 1), documents if packed -> [b, l, d].
+
+        state: of generation, which goes on by u; the tokens before are seen too.
+        """
         q, k, v = (proj(u).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.rope is not None:
             if documents is not None:
@@ -48,7 +54,15 @@ class Attention(nn.Module):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if self.scale != 1.0:
             q = q * self.scale
-        return self.o_proj(self.attend(q, k, v, documents).flatten(2))
+        return self.o_proj(self._attend(q, k, v, documents, state).flatten(2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, state: KVCache | None) -> Tensor:
+        first = state is None or state.longest == 0
+        if state is not None:
+            state.append(k, v)
+            if not first:
+                return state.attend(q)
+        return self.attend(q, k, v, documents)
 
 
 def rotary_angles(positions: Tensor, dims: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -5,33 +5,25 @@ are products with all channels, so that ranks that share the channels out add th
 """
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...configs.schema import ModelConfig
 from ...kernels.documents import Documents
 from ...kernels.scan import LocalScan, Scan
 from ...kernels.selective_scan import SelectiveScanInFlight, start_selective_scan
+from ...kernels.steps import NO_LIMIT, positive_steps
 from ...kernels.swiglu import swiglu
 from ..initialization import Initializers, inverse_softplus_dt, ones
 from ..norm import RMSNorm
 from ..sharding import COLUMNS, ROWS, Sharding, SplitGroups
 from .short_conv import ShortConv
+from .state import RecurrentState, Stepped
 
 SHARED = SplitGroups(1)
 """Every rank of tp has all of it, and a gradient from its own channels."""
-
-
-class MambaState(NamedTuple):
-    """What the mixer knows of the tokens before the one that comes next; `Mamba.step` changes it in place."""
-
-    tail: Tensor
-    """[b, w - 1, inner], the conv's last inputs."""
-    ssm: Tensor
-    """[b, inner, n] in fp32 at least."""
 
 
 class Mamba(nn.Module):
@@ -54,32 +46,26 @@ class Mamba(nn.Module):
         self.ssm = SelectiveStateSpace(inner, sizes.state_dim)
         self.out_proj = nn.Linear(inner, d, bias=False)
 
-    def forward(self, u: Tensor, positions: Tensor | None = None, documents: Documents | None = None) -> Tensor:
-        """u [b, l, d], documents if packed -> [b, l, d]; positions are not needed.
+    def forward(
+        self,
+        u: Tensor,
+        positions: Tensor | None = None,
+        documents: Documents | None = None,
+        state: RecurrentState | None = None,
+    ) -> Tensor:
+        """u [b, l, d], documents if packed -> [b, l, d]; positions are not needed. state: of generation, which goes on by u.
 
         The gate is not the scan's own: its projection runs while states travel, in backward too.
         """
         x = self.x_proj(u)
         halo = self.conv.start_halo(x)
-        (x,) = self.conv(x, halo=halo.wait() if halo else None, documents=documents)
-        scan = self.ssm(x, *self.select(x), documents)
+        (x,) = self.conv(x, halo=halo.wait() if halo else None, documents=documents, state=state)
+        scan = self.ssm(x, *self.select(x), documents, state)
         z = self.z_proj(u)
-        y, _ = scan.finish()
+        y, final = scan.finish()
+        if state is not None and final is not None:
+            state.keep("ssm", final)
         return self.out_proj(swiglu(z, y))
-
-    def new_state(self, b: int) -> MambaState:
-        """That of b sequences before their first token."""
-        ssm = self.ssm.A_log
-        wide = torch.promote_types(ssm.dtype, torch.float32)
-        return MambaState(self.conv.new_tail(b), torch.zeros(b, *ssm.shape, dtype=wide, device=ssm.device))
-
-    @torch.no_grad()
-    def step(self, u: Tensor, state: MambaState) -> Tensor:
-        """The next token of each sequence, u [b, d] -> [b, d]: what `forward` gives after all tokens before it."""
-        (x,) = self.conv.step([self.x_proj(u)], state.tail)
-        dt, B, C = self.select(x)
-        y = self.ssm.step(x, dt, B, C, state.ssm)
-        return self.out_proj(swiglu(self.z_proj(u), y.to(u.dtype)))
 
 
 class Selection(nn.Module):
@@ -128,16 +114,23 @@ class SelectiveStateSpace(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(inner))
         self.scan: Scan = LocalScan()
 
-    def forward(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, documents: Documents | None) -> SelectiveScanInFlight:
+    def forward(
+        self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, documents: Documents | None, state: RecurrentState | None = None
+    ) -> SelectiveScanInFlight | Stepped:
         """x and dt [b, l, inner], B and C [b, l, n] -> the scan on its way to y [b, l, inner]."""
+        before = None if state is None else state.ssm
+        if before is not None and x.shape[1] == 1:
+            return self._step(x, dt, B, C, before)
         # Copies: the scan outlives this call, after which FSDP may free the parameters.
         A, D, dt_bias = -self.A_log.exp(), self.D.clone(), self.dt_bias.clone()
         resets = None if documents is None else documents.resets
-        return start_selective_scan(x, dt, A, B, C, D, dt_bias=dt_bias, resets=resets, scan=self.scan)
+        return start_selective_scan(x, dt, A, B, C, D, None, dt_bias, initial_state=before, resets=resets, scan=self.scan)
 
-    def step(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
-        """One token, x and dt [b, inner], B and C [b, n] -> y [b, inner] in the state's dtype; the state [b, inner, n] goes on."""
-        x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
-        dt = F.softplus(dt + self.dt_bias)[..., None]
-        state.mul_((-self.A_log.exp() * dt).exp()).add_(dt * B[:, None] * x[..., None])
-        return torch.einsum("bin,bn->bi", state, C) + self.D * x
+    def _step(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Stepped:
+        """One token of each sequence, operands as `forward` has them; the state [b, inner, n] changes in place."""
+        dtype = x.dtype
+        x, dt, B, C = (t.squeeze(1).to(state.dtype) for t in (x, dt, B, C))
+        steps = positive_steps(dt, self.dt_bias, *NO_LIMIT)[..., None]
+        state.mul_((-self.A_log.exp() * steps).exp()).add_(steps * B[:, None] * x[..., None])
+        y = (state @ C[..., None]).squeeze(-1) + self.D * x
+        return Stepped(y[:, None].to(dtype), state)

@@ -13,10 +13,12 @@ from ...configs.schema import Mamba2Config, ModelConfig
 from ...kernels.documents import Documents
 from ...kernels.scan import LocalScan, Scan
 from ...kernels.ssd import SSDInFlight, start_ssd
+from ...kernels.steps import positive_steps
 from ..initialization import Initializers, inverse_softplus_dt, ones
 from ..norm import GatedGroupRMSNorm
 from ..sharding import COLUMNS, ROWS, Sharding, SplitGroups
 from .short_conv import ShortConv
+from .state import RecurrentState, Stepped
 
 
 class Mamba2(nn.Module):
@@ -45,19 +47,27 @@ class Mamba2(nn.Module):
         self.norm = GatedGroupRMSNorm(inner, sizes.groups, config.norm_eps)
         self.out_proj = nn.Linear(inner, d, bias=False)
 
-    def forward(self, u: Tensor, positions: Tensor | None = None, documents: Documents | None = None) -> Tensor:
-        """u [b, l, d], documents if packed -> [b, l, d]; positions are not needed.
+    def forward(
+        self,
+        u: Tensor,
+        positions: Tensor | None = None,
+        documents: Documents | None = None,
+        state: RecurrentState | None = None,
+    ) -> Tensor:
+        """u [b, l, d], documents if packed -> [b, l, d]; positions are not needed. state: of generation, which goes on by u.
 
         What others wait for comes first, and what needs nothing of them is computed while it travels, in backward too.
         """
         x, bc = self.x_proj(u), self.bc_proj(u)
         halo = self.conv.start_halo(x, bc)
         dt = self.dt_proj(u)
-        x, bc = self.conv(x, bc, halo=halo.wait() if halo else None, documents=documents)
+        x, bc = self.conv(x, bc, halo=halo.wait() if halo else None, documents=documents, state=state)
         B, C = bc.unflatten(-1, (-1, 2, self.state_dim)).unbind(3)
-        scan = self.ssm(x.unflatten(-1, (-1, self.head_dim)), dt, B, C, documents)
+        scan = self.ssm(x.unflatten(-1, (-1, self.head_dim)), dt, B, C, documents, state)
         z = self.z_proj(u)
-        y, _ = scan.finish()
+        y, final = scan.finish()
+        if state is not None and final is not None:
+            state.keep("ssm", final)
         return self.out_proj(self.norm(y.flatten(2), z))
 
 
@@ -81,9 +91,25 @@ class StateSpace(nn.Module):
         self.chunk_size, self.dt_limit = sizes.chunk_size, sizes.dt_limit
         self.scan: Scan = LocalScan()
 
-    def forward(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, documents: Documents | None) -> SSDInFlight:
+    def forward(
+        self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, documents: Documents | None, state: RecurrentState | None = None
+    ) -> SSDInFlight | Stepped:
         """x [b, l, h, p], dt [b, l, h], B and C [b, l, g, n] -> the scan on its way to y [b, l, h, p]."""
+        before = None if state is None else state.ssm
+        if before is not None and x.shape[1] == 1:
+            return self._step(x, dt, B, C, before)
         # Copies: the scan outlives this call, after which FSDP may free the parameters.
         A, D, dt_bias = -self.A_log.exp(), self.D.clone(), self.dt_bias.clone()
         resets = None if documents is None else documents.resets
-        return start_ssd(x, dt, A, B, C, D, dt_bias, self.dt_limit, resets=resets, chunk_size=self.chunk_size, scan=self.scan)
+        return start_ssd(x, dt, A, B, C, D, dt_bias, self.dt_limit, before, resets, self.chunk_size, self.scan)
+
+    def _step(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Stepped:
+        """One token of each sequence, operands as `forward` has them; the state [b, h, p, n] changes in place."""
+        dtype, heads = x.dtype, x.shape[2]
+        x, B, C = (t.squeeze(1).to(state.dtype) for t in (x, B, C))
+        B, C = (t.repeat_interleave(heads // t.shape[1], 1) for t in (B, C))
+        steps = positive_steps(dt.squeeze(1), self.dt_bias, *self.dt_limit)
+        decay = (-self.A_log.exp() * steps).exp()
+        state.mul_(decay[..., None, None]).add_((steps[..., None] * x)[..., None] * B[:, :, None])
+        y = (state @ C[..., None]).squeeze(-1) + self.D[:, None] * x
+        return Stepped(y[:, None].to(dtype), state)

@@ -2,13 +2,13 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...kernels.conv import causal_conv
 from ...kernels.documents import Documents
 from ...parallel.halo import Halo, SequenceHalo
 from ..initialization import Initializers, uniform_fan_in, zeros
 from ..sharding import Sharding, Split, SplitGroups
+from .state import RecurrentState
 
 
 class ShortConv(nn.Module):
@@ -34,8 +34,15 @@ class ShortConv(nn.Module):
         tails = [t.unflatten(1, (self.halo.segments, -1))[:, :, -self.reach :] for t in inputs]
         return self.halo.start(torch.cat(tails, -1))
 
-    def forward(self, *inputs: Tensor, halo: Tensor | None, documents: Documents | None) -> list[Tensor]:
-        """Each [b, l, c], the tokens before each segment or None, documents if packed -> as many of the same shapes."""
+    def forward(
+        self, *inputs: Tensor, halo: Tensor | None, documents: Documents | None, state: RecurrentState | None = None
+    ) -> list[Tensor]:
+        """Each [b, l, c], the tokens before each segment or None, documents if packed -> as many of the same shapes.
+
+        state: of generation; what it knows of is before the first token.
+        """
+        if state is not None:
+            halo = self._continue(torch.cat(inputs, -1), halo, state)
         halos = [None] * len(inputs) if halo is None else halo.split([x.shape[-1] for x in inputs], -1)
         positions = None if documents is None else documents.positions
         return [
@@ -43,20 +50,13 @@ class ShortConv(nn.Module):
             for x, (weight, bias), before in zip(inputs, self._taps(), halos, strict=True)
         ]
 
-    def new_tail(self, b: int) -> Tensor:
-        """The inputs [b, w - 1, c] before the first token of b sequences, one after another along the channels."""
-        weights = [weight for weight, _ in self._taps()]
-        return weights[0].new_zeros(b, self.reach, sum(map(len, weights)))
-
-    def step(self, inputs: list[Tensor], tail: Tensor) -> list[Tensor]:
-        """The next token, each input [b, c] -> as many of the same shapes; the tail [b, w - 1, c] goes on by it."""
-        window = torch.cat([tail, torch.cat(inputs, -1)[:, None]], 1)
-        tail.copy_(window[:, 1:])
-        windows = window.split([x.shape[-1] for x in inputs], -1)
-        return [
-            F.silu(torch.einsum("bwc,cw->bc", own, weight) + bias)
-            for own, (weight, bias) in zip(windows, self._taps(), strict=True)
-        ]
+    def _continue(self, inputs: Tensor, halo: Tensor | None, state: RecurrentState) -> Tensor | None:
+        """What is before the inputs [b, l, c]; their last tokens are the state's from here on."""
+        before = inputs.new_zeros(len(inputs), self.reach, inputs.shape[-1]) if state.tail is None else state.tail
+        tail = torch.cat([before, inputs[:, -self.reach :]], 1)[:, -self.reach :]
+        halo = before.clone()[:, None] if halo is None else halo
+        state.keep("tail", tail)
+        return halo
 
     def _taps(self) -> list[tuple[Tensor, Tensor]]:
         """Weight and bias of each input."""

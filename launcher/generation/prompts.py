@@ -1,0 +1,113 @@
+"""Prompts as tokens, and what follows them as text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+
+from ...configs.errors import UserError
+from ...configs.schema import Config
+from ..training.tokenizer import END_OF_DOCUMENT, load_tokenizer
+
+TOKENIZER = "tokenizer.json"
+SEEN = 16
+"""Tokens of the prompt that what follows is decoded with: how a token is written may depend on those before it."""
+
+PART = "\ufffd"
+"""What a part of a character is decoded as."""
+LONGEST_CHARACTER = 4
+"""Tokens that may be one."""
+
+
+class Prompt(NamedTuple):
+    """What a sequence is to go on with."""
+
+    ids: list[int]
+    shown: str = ""
+    """What is printed before the continuation."""
+
+
+def find_tokenizer(folder: Path) -> Tokenizer | None:
+    """A checkpoint's own, if it has one. Raises UserError."""
+    return load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
+
+
+def find_end(config: Config, tokenizer: Tokenizer | None) -> int | None:
+    """The token that ends documents, if there is one."""
+    asked = config.data.tokenizer
+    name = END_OF_DOCUMENT if asked.file is None else asked.end
+    return None if tokenizer is None or name is None else tokenizer.token_to_id(name)
+
+
+def read_prompts(
+    texts: Sequence[str], files: Sequence[Path], ids: Sequence[Path], tokenizer: Tokenizer | None, vocab_size: int
+) -> list[Prompt]:
+    """Texts, files of text, and files of token ids separated by blanks, in this order. Raises UserError for what is no prompt."""
+    if (texts or files) and tokenizer is None:
+        raise UserError(f"the checkpoint has no {TOKENIZER}; allowed: --ids, files of token ids")
+    prompts: list[Prompt] = []
+    for number, text in enumerate(texts, 1):
+        assert tokenizer is not None
+        name = "--prompt" if len(texts) == 1 else f"--prompt {number}"
+        prompts.append(Prompt(_checked(tokenizer.encode(text).ids, name, vocab_size), text))
+    for file in files:
+        assert tokenizer is not None
+        prompts.append(Prompt(_checked(tokenizer.encode(_text(file)).ids, f"--file {file}", vocab_size)))
+    for file in ids:
+        prompts.append(Prompt(_checked(_numbers(file), f"--ids {file}", vocab_size)))
+    return prompts
+
+
+def _checked(ids: list[int], name: str, vocab_size: int) -> list[int]:
+    if not ids:
+        raise UserError(f"{name} is empty; allowed: a token and more")
+    for token in (min(ids), max(ids)):
+        if not 0 <= token < vocab_size:
+            raise UserError(f"{name}: token {token} is beyond the vocabulary; allowed: 0 to {vocab_size - 1}")
+    return ids
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--file {file}: cannot be read as text: {error}") from None
+
+
+def _numbers(file: Path) -> list[int]:
+    try:
+        return [int(word) for word in file.read_text().split()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--ids {file}: no token ids: {error}") from None
+
+
+class Text:
+    """A continuation as it grows, without special tokens; ids where there is no tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer | None, prompt: Prompt) -> None:
+        self.tokenizer, self.so_far = tokenizer, prompt.shown
+        self.ids, self.begin = prompt.ids[-SEEN:], 0
+        self.told = len(self.ids)
+        """Tokens that the text so far is of; from `begin` on they are what the next ones are decoded with."""
+
+    def add(self, token: int) -> str:
+        """What one more token adds; "" until a character is complete."""
+        self.ids.append(token)
+        return self._grown(len(self.ids) - self.told >= LONGEST_CHARACTER)
+
+    def finish(self) -> str:
+        """What there is of a character that was not completed."""
+        return self._grown(True)
+
+    def _grown(self, whatever: bool) -> str:
+        if self.tokenizer is None:
+            more = "".join(f"{token} " for token in self.ids[self.told :])
+        else:
+            before, after = (self.tokenizer.decode(self.ids[self.begin : end]) for end in (self.told, len(self.ids)))
+            if after.endswith(PART) and not whatever:
+                return ""
+            more = after[len(before.rstrip(PART)) :]
+            self.begin = self.begin if before.endswith(PART) else self.told
+        self.told, self.so_far = len(self.ids), self.so_far + more
+        return more

@@ -1,0 +1,166 @@
+"""One run of `baton generate`: prompts are read, then all sequences go on together."""
+
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ...configs.errors import UserError
+from ...models.generation import Choose, GenerationState, Sampler, generate, greedy, join, new_state, read, read_sharded, restore
+from ...models.hybrid import HybridModel
+from ...models.parallelize import leave_sequence
+from ...parallel.layout import Layout
+from ...parallel.mesh import Mesh, build_mesh
+from ..checkpoints.contents import read_contents
+from ..checkpoints.model import read_model
+from ..environment import Environment
+from .prompts import Prompt, Text, find_end, find_tokenizer, read_prompts
+from .request import Request
+from .state_file import digest_model, load_states, save_states
+from .weights import generation_config, load_model
+
+ENDED = "generation/ended"
+"""Key in the store that says so."""
+POLL = 0.2
+"""Seconds between two looks of a rank that has nothing more to do."""
+
+
+def run_generation(request: Request, environment: Environment) -> None:
+    """Prints the continuations, and on stderr what they took. All ranks call it. Raises UserError."""
+    contents = read_contents(request.checkpoint)
+    tokenizer = find_tokenizer(contents.folder)
+    prompts = read_prompts(request.texts, request.files, request.ids, tokenizer, read_model(contents.folder).vocab_size)
+    config = generation_config(contents, request.tp, request.cp, max((len(prompt.ids) for prompt in prompts), default=1))
+    mesh = build_mesh(config.parallel, environment.device.type)
+    model = load_model(contents, config, mesh, environment.device)
+    digest = digest_model(model)
+    prompts, states = _begin(request, prompts, model, digest, environment.device)
+    started = time.perf_counter()
+    _read_all(model, prompts, states, request.chunk, mesh, environment.device)
+    seconds = time.perf_counter() - started
+    if mesh.rank("cp") > 0:
+        _wait_for_the_end()
+        return
+    if request.save_state is not None:
+        save_states(request.save_state, states, digest)
+    room = max(int(state.lengths) for state in states) + request.most
+    state = states[0] if len(states) == 1 else join(states, room)
+    printer = Printer(tokenizer, prompts) if environment.leads else None
+    if printer:
+        printer.tell_reading(sum(len(prompt.ids) for prompt in prompts), seconds)
+    started = time.perf_counter()
+    written = _go_on(model, state, request, mesh, find_end(config, tokenizer), printer)
+    if printer:
+        printer.tell_writing(written, time.perf_counter() - started, state)
+        _end()
+
+
+def _begin(
+    request: Request, prompts: list[Prompt], model: HybridModel, digest: str, device: torch.device
+) -> tuple[list[Prompt], list[GenerationState]]:
+    """Each sequence's prompt and what is known before it. Raises UserError where they are not as many as a state has sequences."""
+    if request.state is None:
+        return prompts, [new_state(model, len(prompt.ids) + request.most) for prompt in prompts]
+    more = max((len(prompt.ids) for prompt in prompts), default=0) + request.most
+    states = load_states(request.state, digest, device, more)
+    prompts = prompts or [Prompt([])] * len(states)
+    if len(states) == 1:
+        states += [restore(states[0].tensors(), int(states[0].lengths) + more) for _ in prompts[1:]]
+    if len(states) != len(prompts):
+        raise UserError(
+            f"--state {request.state}: {len(states)} sequences in it, {len(prompts)} prompts; allowed: as many, or no prompt"
+        )
+    return prompts, states
+
+
+def _read_all(
+    model: HybridModel, prompts: list[Prompt], states: list[GenerationState], chunk: int, mesh: Mesh, device: torch.device
+) -> None:
+    """Reads each prompt, over cp as far as it divides; the rest, and all that follows, is the first rank's of cp."""
+    layout = Layout("zigzag", mesh.size("cp"))
+    rests = []
+    for prompt, state in zip(prompts, states, strict=True):
+        ids = torch.tensor([prompt.ids], dtype=torch.int64, device=device)
+        done = read_sharded(model, ids, state, layout, mesh) if layout.ranks > 1 else 0
+        rests.append(ids[:, done:])
+    leave_sequence(model)
+    if mesh.rank("cp") == 0:
+        for rest, state in zip(rests, states, strict=True):
+            if rest.shape[1]:
+                read(model, rest, state, chunk)
+
+
+def _go_on(
+    model: HybridModel, state: GenerationState, request: Request, mesh: Mesh, end: int | None, printer: "Printer | None"
+) -> int:
+    """All sequences, until each has met its end or all tokens that were asked for -> tokens written."""
+    pick: Choose = Sampler(request.temperature, request.top_p, request.seed) if request.temperature else greedy
+
+    def choose(logits: Tensor) -> Tensor:
+        """The same on all ranks of tp."""
+        ids = pick(logits)
+        if mesh.size("tp") > 1:
+            dist.broadcast(ids, group=mesh.group("tp"), group_src=0)
+        return ids
+
+    going, written = [True] * len(state.lengths), 0
+    for ids in generate(model, state, request.most, choose):
+        chosen = ids.tolist()
+        going = [still and token != end for still, token in zip(going, chosen, strict=True)]
+        written += sum(going)
+        if printer:
+            printer.add(chosen, going)
+        if not any(going):
+            break
+    return written
+
+
+def _wait_for_the_end() -> None:
+    """Of a rank that has nothing more to do; no collective, which would give up after its timeout."""
+    store = dist.distributed_c10d._get_default_store()
+    while not store.check([ENDED]):
+        time.sleep(POLL)
+
+
+def _end() -> None:
+    """Tells those that wait."""
+    dist.distributed_c10d._get_default_store().set(ENDED, "")
+
+
+class Printer:
+    """Continuations on stdout, a single one as it grows; what it took on stderr."""
+
+    def __init__(self, tokenizer: Tokenizer | None, prompts: list[Prompt]) -> None:
+        self.texts = [Text(tokenizer, prompt) for prompt in prompts]
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._write(prompts[0].shown if len(prompts) == 1 else "")
+
+    def add(self, tokens: list[int], going: list[bool]) -> None:
+        """The next token of each sequence that still goes on."""
+        grown = [text.add(token) for text, token, still in zip(self.texts, tokens, going, strict=True) if still]
+        if len(self.texts) == 1:
+            self._write("".join(grown))
+
+    def tell_reading(self, tokens: int, seconds: float) -> None:
+        """How long the prompts took."""
+        if tokens:
+            self.console.print(f"read {tokens} tokens in {seconds:.2f} s ({tokens / seconds:.0f} tokens/s)")
+
+    def tell_writing(self, tokens: int, seconds: float, state: GenerationState) -> None:
+        """The continuations of several sequences; how long they took, and what the state holds."""
+        ends = [text.finish() for text in self.texts]
+        if len(self.texts) == 1:
+            self._write(f"{ends[0]}\n")
+        else:
+            for number, text in enumerate(self.texts, 1):
+                self._write(f"[{number}] {text.so_far}\n")
+        sizes = f"{state.recurrent_bytes / 2**20:.2f} MiB of states, {state.cache_bytes / 2**20:.2f} MiB of keys and values"
+        self.console.print(f"wrote {tokens} tokens in {seconds:.2f} s ({tokens / seconds:.0f} tokens/s); {sizes}")
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()

@@ -1,8 +1,6 @@
 """Trains the weights of small models by Hugging Face's code and by ours, in one run on the CPU, and compares speed and memory."""
 
-import json
 import multiprocessing
-import os
 import platform
 import tempfile
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 from ...configs.errors import UserError
 from ...models.hf import load_hf
+from .machine import cpu_name, write_rows
 from .report import console
 
 LENGTHS = [2048, 8192]
@@ -94,7 +93,7 @@ def bench_training(names: list[str], lengths: list[int], threads: int, file: Pat
                 console.print(str(comparisons[-1]), soft_wrap=True)
     console.print(table(comparisons))
     if file is not None:
-        _write(file, [asdict(comparison) | machine for comparison in comparisons])
+        write_rows(file, [asdict(comparison) | machine for comparison in comparisons])
 
 
 def save_model(name: str, folder: Path) -> None:
@@ -235,17 +234,7 @@ def _machine(names: list[str], threads: int) -> dict[str, str | int]:
         versions = {name: version(name) for name in packages}
     except PackageNotFoundError as missing:
         raise UserError(f"{missing.name} is not installed; pip install baton-train[hf]") from None
-    return {"cpu": _cpu(), "threads": threads, "python": platform.python_version(), **versions}
-
-
-def _cpu() -> str:
-    """Its name as Linux has it, else that of its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return {"cpu": cpu_name(), "threads": threads, "python": platform.python_version(), **versions}
 
 
 def table(comparisons: list[Comparison]) -> Table:
@@ -257,15 +246,3 @@ def table(comparisons: list[Comparison]) -> Table:
         memory = ["-" if mib is None else f"{mib:.1f}" for mib in (each.theirs_mib, each.ours_mib)]
         shown.add_row(each.model, str(each.tokens), *speeds, f"{each.ratio:.2f}", *memory)
     return shown
-
-
-def _write(file: Path, rows: list[dict[str, Any]]) -> None:
-    """As JSON, complete or not at all. Raises UserError."""
-    unfinished = file.with_name(f"{file.name}.partial-{os.getpid()}")
-    try:
-        unfinished.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
-        os.replace(unfinished, file)
-    except OSError as error:
-        raise UserError(f"--json {file}: {error.strerror or error}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -6,6 +6,8 @@ from typing import Any, NoReturn
 
 import typer
 
+from .train import OVERRIDES
+
 app = typer.Typer(help="Measure what the machine gives.", no_args_is_help=True)
 LINKS = Path("runs/links.yaml")
 
@@ -106,6 +108,38 @@ def train(
         if json is not None:
             check_writable(json)
         bench_training(names, lengths, threads, json)
+
+
+@app.command()
+def generate(
+    config: str = typer.Argument("jamba_tiny", help="A YAML file, or the name of a preset: its model, with random weights."),
+    overrides: list[str] = OVERRIDES,
+    tokens: str = typer.Option("", help="Lengths of prompts, 1024,4096,16384,65536 unless given."),
+    max_new: int = typer.Option(32, min=2, help="Tokens after each prompt."),
+    chunk: int = typer.Option(8192, min=1, help="Tokens of a prompt that are in work at a time."),
+    json: Path | None = typer.Option(None, help="Where the numbers go at the end."),
+    plot: Path | None = typer.Option(None, help="Where the plot goes at the end, a .png."),
+) -> None:
+    """Time the reading of prompts and the tokens after them, and what the state takes, by the prompt's length; on one device."""
+    from ..errors import user_errors
+
+    with user_errors():
+        from ...configs.errors import UserError
+        from ...configs.loading import load_config
+        from ..verification.report import check_writable
+
+        lengths = _lengths(tokens) or [1024, 4096, 16384, 65536]
+        one_rank = ["parallel={}", "data.documents=single", "batch={}"]
+        asked = load_config(config, [*one_rank, *overrides], 1)
+        if json is not None:
+            check_writable(json)
+        if plot is not None and (plot.suffix != ".png" or not plot.absolute().parent.is_dir()):
+            raise UserError(f"--plot {plot}: allowed: a .png in a folder that exists")
+        from ..benchmarks.generation import bench_generation
+        from ..environment import process_group
+
+        with process_group() as environment:
+            bench_generation(asked, lengths, max_new, chunk, environment.device, json, plot)
 
 
 def _known(option: str, name: str, names: list[str]) -> str:

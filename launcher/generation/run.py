@@ -31,6 +31,8 @@ POLL = 0.2
 
 def run_generation(request: Request, environment: Environment) -> None:
     """Prints the continuations, and on stderr what they took. All ranks call it. Raises UserError."""
+    if environment.world != request.tp * request.cp:
+        raise UserError(f"--tp {request.tp} x --cp {request.cp} on {environment.world} ranks; allowed: as many as their product")
     contents = read_contents(request.checkpoint)
     tokenizer = find_tokenizer(contents.folder)
     prompts = read_prompts(request.texts, request.files, request.ids, tokenizer, read_model(contents.folder).vocab_size)
@@ -102,6 +104,8 @@ def _go_on(
 
     def choose(logits: Tensor) -> Tensor:
         """The same on all ranks of tp."""
+        if not logits.isfinite().all():
+            raise UserError(f"{request.checkpoint}: logits that are not finite; are its weights?")
         ids = pick(logits)
         if mesh.size("tp") > 1:
             dist.broadcast(ids, group=mesh.group("tp"), group_src=0)

@@ -10,13 +10,18 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from baton.configs.errors import UserError
 from baton.configs.schema import Config
 from baton.launcher.checkpoints.contents import read_contents
 from baton.launcher.checkpoints.manifest import find_checkpoint
 from baton.launcher.checkpoints.tensors import CheckpointTensors
 from baton.launcher.cli import app
 from baton.launcher.environment import Environment
+from baton.launcher.generation import run
 from baton.launcher.generation.prompts import Prompt, Text
+from baton.launcher.generation.request import Request
+from baton.launcher.generation.run import run_generation
+from baton.launcher.generation.weights import load_model
 from baton.launcher.training.loop import run_training
 from baton.launcher.training.tokenizer import byte_tokenizer
 from baton.models.hybrid import HybridModel
@@ -200,10 +205,26 @@ def test_bad_input(runs, tmp_path):
     assert error_of(one, "--prompt", "7", "--top-p", 0.5).startswith("error: --top-p is 0.5, allowed with --temperature alone")
     assert error_of(one, "--state", state, "--cp", 2).startswith("error: --cp is 2, allowed with --state: 1")
     assert error_of(one, "--prompt", "7", "--save-state", state, "--tp", 2).startswith("error: --tp is 2, allowed with --state")
+    request = Request(one, ["7"], [], [], 1, 0.0, 1.0, 0, 8, None, None, 2, 1)
+    with pytest.raises(UserError, match="--tp 2 x --cp 1 on 1 ranks; allowed: as many as their product"):
+        run_generation(request, Environment(0, 1, torch.device("cpu")))
     nowhere = tmp_path / "no" / "state"
     assert error_of(one, "--prompt", "7", "--save-state", nowhere).endswith(f"{nowhere}: allowed: a file in a folder that exists")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ids", "state"]
     assert load_file(state).keys() == {"a"}
+
+
+def test_weights_that_are_not_finite(runs, monkeypatch):
+    def broken(*given):
+        model = load_model(*given)
+        with torch.no_grad():
+            model.head.norm.weight[3] = float("nan")
+        return model
+
+    monkeypatch.setattr(run, "load_model", broken)
+    for options in ([], ["--temperature", 1]):
+        wrong = generate(runs / "one", "--prompt", "7", *options, code=1).stderr.splitlines()[-1]
+        assert wrong.endswith("step-00000060: logits that are not finite; are its weights?")
 
 
 def test_text_grows_by_characters():

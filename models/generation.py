@@ -142,12 +142,12 @@ def read_sharded(model: HybridModel, ids: Tensor, state: GenerationState, layout
     state.lengths += length
     for name, layer in state.layers.items():
         if isinstance(layer, KVCache):
-            state.layers[name] = _gather(layer, layout, length, mesh)
+            state.layers[name] = _gather(layer, layout, mesh)
     return length
 
 
-def _gather(cache: KVCache, layout: Layout, length: int, mesh: Mesh) -> KVCache:
-    """All ranks' keys and values in the order of the sequence, on the rank that holds its end; elsewhere none."""
+def _gather(cache: KVCache, layout: Layout, mesh: Mesh) -> KVCache:
+    """All ranks' keys and values on the rank that holds the sequence's end, in any order: what follows sees all; elsewhere none."""
     last, whole = layout.owners[-1], KVCache(cache.room)
     ends_here = mesh.rank("cp") == last
     gathered = []
@@ -156,8 +156,7 @@ def _gather(cache: KVCache, layout: Layout, length: int, mesh: Mesh) -> KVCache:
         pieces = [torch.empty_like(own) for _ in range(layout.ranks)] if ends_here else None
         dist.gather(own, pieces, group=mesh.group("cp"), group_dst=last)
         if pieces is not None:
-            order = torch.cat([layout.positions(rank, length, own.device) for rank in range(layout.ranks)])
-            gathered.append(torch.cat(pieces, 2)[:, :, order.argsort()].transpose(1, 2))
+            gathered.append(torch.cat(pieces, 2).transpose(1, 2))
     if ends_here:
         whole.append(*gathered)
     return whole

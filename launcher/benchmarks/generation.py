@@ -1,8 +1,10 @@
 """Generation by the prompt's length: how fast prompts are read and tokens follow, and what the state takes."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from rich import box
@@ -110,17 +112,20 @@ def draw(measured: list[Measurement], pattern: str, file: Path) -> None:
     plt = pyplot()
     lengths = [each.tokens for each in measured]
     figure, (speeds, sizes) = plt.subplots(1, 2, figsize=(10, 4), dpi=120, layout="constrained")
-    speeds.plot(lengths, [each.read_tokens_per_second for each in measured], "o-", label="prompt, read")
-    speeds.plot(lengths, [each.written_tokens_per_second for each in measured], "o-", label="continuation, written")
-    sizes.plot(lengths, [each.state_bytes / 2**20 for each in measured], "o-", label="states of Mamba layers")
-    sizes.plot(lengths, [each.cache_bytes / 2**20 for each in measured], "o-", label="keys and values of attention")
+    _curve(speeds, lengths, [each.read_tokens_per_second for each in measured], "prompt, read")
+    _curve(speeds, lengths, [each.written_tokens_per_second for each in measured], "continuation, written")
+    _curve(sizes, lengths, [each.state_bytes / 2**20 for each in measured], "states of Mamba layers")
+    _curve(sizes, lengths, [each.cache_bytes / 2**20 for each in measured], "keys and values of attention")
     for panel, label in ((speeds, "tokens/s"), (sizes, "MiB")):
-        panel.set(xscale="log", xlabel="tokens of the prompt", ylabel=label)
+        panel.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel=label)
         panel.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        low, high = panel.get_ylim()
+        # Whole decades, so that both axes have numbers at their ends.
+        panel.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
+        panel.yaxis.set_major_formatter("{x:,g}")
         panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.legend()
-        panel.set_yscale("log")
     figure.suptitle(f"Generation by {pattern}")
     try:
         figure.savefig(file)
@@ -128,3 +133,9 @@ def draw(measured: list[Measurement], pattern: str, file: Path) -> None:
         raise UserError(f"--plot {file}: {error.strerror or error}") from None
     finally:
         plt.close(figure)
+
+
+def _curve(panel: Any, lengths: list[int], values: list[float], label: str) -> None:
+    """Unless there is nothing of it, which a logarithm does not show."""
+    if any(values):
+        panel.plot(lengths, values, "o-", label=label)

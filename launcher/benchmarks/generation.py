@@ -11,13 +11,13 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from ...configs.errors import UserError
 from ...configs.schema import Config
 from ...kernels import dispatch
 from ...models.generation import generate, greedy, new_state, read
 from ...models.hybrid import HybridModel, initialize_part
 from ...models.parallelize import build_replica
 from ...parallel.mesh import build_mesh
+from ..files import whole_file
 from ..training.metrics import pyplot
 from .machine import cpu_name, write_rows
 from .report import console, size
@@ -127,12 +127,9 @@ def draw(measured: list[Measurement], pattern: str, file: Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend()
     figure.suptitle(f"Generation by {pattern}")
-    try:
-        figure.savefig(file)
-    except OSError as error:
-        raise UserError(f"--plot {file}: {error.strerror or error}") from None
-    finally:
-        plt.close(figure)
+    with whole_file(file, "--plot") as unfinished:
+        figure.savefig(unfinished)
+    plt.close(figure)
 
 
 def _curve(panel: Any, lengths: list[int], values: list[float], label: str) -> None:

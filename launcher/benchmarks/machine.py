@@ -1,12 +1,11 @@
 """What a measurement on the CPU names as its machine, and where its numbers go."""
 
 import json
-import os
 import platform
 from pathlib import Path
 from typing import Any
 
-from ...configs.errors import UserError
+from ..files import whole_file
 
 
 def cpu_name() -> str:
@@ -21,11 +20,5 @@ def cpu_name() -> str:
 
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     """As JSON, complete or not at all. Raises UserError."""
-    unfinished = file.with_name(f"{file.name}.partial-{os.getpid()}")
-    try:
+    with whole_file(file, "--json") as unfinished:
         unfinished.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
-        os.replace(unfinished, file)
-    except OSError as error:
-        raise UserError(f"--json {file}: {error.strerror or error}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)

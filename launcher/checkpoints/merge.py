@@ -1,6 +1,5 @@
 """A checkpoint's model as one safetensors file, one tensor in memory at a time."""
 
-import os
 from pathlib import Path
 
 import yaml
@@ -8,6 +7,7 @@ from rich.progress import track
 
 from ...configs.errors import UserError
 from ...models.hf.files import Described, write_file
+from ..files import whole_file
 from .contents import Contents
 from .tensors import CheckpointTensors
 
@@ -23,12 +23,6 @@ def merge(contents: Contents, file: Path) -> None:
     table = [Described(entry.name, entry.dtype, entry.shape) for entry in entries]
     facts, reader = contents.facts, CheckpointTensors(contents)
     metadata = {"format": "pt", "step": str(facts["step"]), "baton": facts["baton"], "config": yaml.safe_dump(contents.config)}
-    partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
-    try:
+    with whole_file(file, "OUT") as unfinished:
         tensors = (reader.read(entry.name) for entry in track(entries, "merging", transient=True))
-        write_file(partial, table, tensors, metadata)
-        os.rename(partial, file)
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+        write_file(unfinished, table, tensors, metadata)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from ...configs.errors import UserError
 from ...models.generation import GenerationState, restore
 from ...models.hybrid import HybridModel
 from ...parallel.gradients import local_part
+from ..files import whole_file
 
 MODEL = "model"
 """Key of the file's metadata: the digest of the model that has read."""
@@ -32,14 +32,11 @@ def digest_model(model: HybridModel) -> str:
 def save_states(file: Path, states: list[GenerationState], digest: str) -> None:
     """Writes the states of sequences, each on its own, complete or not at all. Raises UserError."""
     tensors = {f"{row}/{name}": t.contiguous() for row, state in enumerate(states) for name, t in state.tensors().items()}
-    unfinished = file.with_name(f"{file.name}.partial-{os.getpid()}")
-    try:
-        save_file(tensors, unfinished, {MODEL: digest, "baton": __version__})
-        os.replace(unfinished, file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--save-state {file}: cannot be written: {error}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(file, "--save-state") as unfinished:
+        try:
+            save_file(tensors, unfinished, {MODEL: digest, "baton": __version__})
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
 
 
 def load_states(file: Path, digest: str, device: torch.device, more: int) -> list[GenerationState]:

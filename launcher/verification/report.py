@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ...configs.errors import UserError
 from ...configs.schema import ParallelConfig
+from ..files import whole_file
 from .cases import Skipped, mesh_of
 from .verdict import QUANTITIES, Verdict, kind_of, to_json
 
@@ -138,14 +139,8 @@ def write_json(file: Path, verdicts: list[Verdict], skipped: list[Skipped]) -> N
         "cases": [to_json(verdict) for verdict in verdicts],
         "skipped": [skip._asdict() for skip in skipped],
     }
-    partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.replace(partial, file)
-    except OSError as error:
-        raise UserError(f"--json {file}: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(file, "--json") as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def _by_kind(verdict: Verdict) -> dict[str, set[str]]:

@@ -4,7 +4,7 @@
     batch = join(states, room)
     for ids in generate(model, batch, 100, greedy): ...                               ids [b]
 
-Rows of a batch may have different lengths; each gets what it gets alone.
+Rows of a batch may have different lengths; each gets what it gets alone, but for what chance draws.
 """
 
 import dataclasses
@@ -50,9 +50,9 @@ class GenerationState:
         return sum(state.bytes for state in self.layers.values() if isinstance(state, KVCache))
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name, of sequences of one length: what `restore` takes."""
+        """By name, all but the lengths: what `restore` takes. Raises ValueError where sequences have different lengths."""
         inside = {f"layers.{name}.{key}": t for name, state in self.layers.items() for key, t in state.tensors().items()}
-        return inside | {"lengths": self.lengths} | ({} if self.logits is None else {"logits": self.logits})
+        return inside | ({} if self.logits is None else {"logits": self.logits})
 
 
 def new_state(model: HybridModel, room: int) -> GenerationState:
@@ -63,27 +63,35 @@ def new_state(model: HybridModel, room: int) -> GenerationState:
     return GenerationState(layers, torch.zeros(1, dtype=torch.int64, device=device))
 
 
-def restore(tensors: dict[str, Tensor], room: int) -> GenerationState:
-    """A state of its own, as that which `GenerationState.tensors` was of; room: tokens that it will have at most."""
+def restore(tensors: dict[str, Tensor], length: int, room: int) -> GenerationState:
+    """A state of its own, as that which `GenerationState.tensors` was of, after so many tokens; room: as `new_state`."""
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("layers."):
             _, layer, key = name.split(".")
             layers.setdefault(layer, {})[key] = tensor
     states = {name: restored(own, room) for name, own in layers.items()}
-    return GenerationState(states, tensors["lengths"].clone(), tensors.get("logits"))
+    some = next(iter(tensors.values()))
+    lengths = torch.full((len(some),), length, dtype=torch.int64, device=some.device)
+    return GenerationState(states, lengths, tensors.get("logits"))
 
 
 def join(states: Sequence[GenerationState], room: int) -> GenerationState:
-    """One batch of several sequences, with room for so many tokens each."""
-    layers = {name: joined([state.layers[name] for state in states], room) for name in states[0].layers}
+    """One batch of several sequences, with room for so many tokens each; uses the states up, so that no cache is there twice."""
+    layers = {name: joined([state.layers.pop(name) for state in states], room) for name in list(states[0].layers)}
     logits = [state.logits for state in states if state.logits is not None]
     return GenerationState(layers, torch.cat([state.lengths for state in states]), torch.cat(logits))
 
 
 @torch.no_grad()
 def read(model: HybridModel, ids: Tensor, state: GenerationState, chunk: int = CHUNK) -> GenerationState:
-    """The state, which goes on by the tokens ids [b, l], l > 0, of which so many are in work at a time."""
+    """The state, which goes on by the tokens ids [b, l], l > 0, of which so many are in work at a time.
+
+    Raises ValueError where a cache has no room for them; the state is then as it was.
+    """
+    for layer in state.layers.values():
+        if isinstance(layer, KVCache):
+            layer.check(ids.shape[1], min(chunk, ids.shape[1]))
     for part in ids.split(chunk, 1):
         positions = state.lengths[:, None] + torch.arange(part.shape[1], device=ids.device)
         logits = model(part, None, positions, states=state.layers)
@@ -117,7 +125,9 @@ class Sampler:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Logits [b, vocab] -> ids [b]. Drawn on the host, so that a seed means the same on every device."""
-        probabilities = (logits.double().cpu() / self.temperature).softmax(-1)
+        logits64 = logits.double().cpu()
+        # From the largest: divided by a small temperature, none becomes infinite.
+        probabilities = ((logits64 - logits64.amax(-1, keepdim=True)) / self.temperature).softmax(-1)
         likely, order = probabilities.sort(stable=True, dim=-1, descending=True)
         likely[likely.cumsum(-1) - likely >= self.top_p] = 0
         drawn = torch.multinomial(likely, 1, generator=self.generator)
@@ -137,26 +147,23 @@ def read_sharded(model: HybridModel, ids: Tensor, state: GenerationState, layout
     if length < segments * max(SHORTEST_SEGMENT, reach):
         return 0
     own = layout.positions(mesh.rank("cp"), length, ids.device)
-    logits = model(ids[:, own], None, own, states=state.layers)
+    parts = {name: KVCache(len(own)) if isinstance(layer, KVCache) else layer for name, layer in state.layers.items()}
+    logits = model(ids[:, own], None, own, states=parts)
     state.logits = logits[:, 0]
     state.lengths += length
     for name, layer in state.layers.items():
         if isinstance(layer, KVCache):
-            state.layers[name] = _gather(layer, layout, mesh)
+            _gather(parts.pop(name), layer, layout, mesh)
     return length
 
 
-def _gather(cache: KVCache, layout: Layout, mesh: Mesh) -> KVCache:
-    """All ranks' keys and values on the rank that holds the sequence's end, in any order: what follows sees all; elsewhere none."""
-    last, whole = layout.owners[-1], KVCache(cache.room)
-    ends_here = mesh.rank("cp") == last
+def _gather(part: State, whole: KVCache, layout: Layout, mesh: Mesh) -> None:
+    """All ranks' keys and values into the cache of the rank that holds the sequence's end, in any order: what follows sees all."""
+    last = layout.owners[-1]
     gathered = []
-    for own in cache.tensors().values():
-        own = own.contiguous()
-        pieces = [torch.empty_like(own) for _ in range(layout.ranks)] if ends_here else None
+    for own in part.tensors().values():
+        pieces = [torch.empty_like(own) for _ in range(layout.ranks)] if mesh.rank("cp") == last else None
         dist.gather(own, pieces, group=mesh.group("cp"), group_dst=last)
-        if pieces is not None:
-            gathered.append(torch.cat(pieces, 2).transpose(1, 2))
-    if ends_here:
-        whole.append(*gathered)
-    return whole
+        gathered.append(pieces or [])
+    for k, v in zip(*gathered, strict=True):
+        whole.append(k.transpose(1, 2), v.transpose(1, 2))

@@ -23,7 +23,7 @@ def read_model(folder: Path) -> ModelConfig:
 
 def check_model(folder: Path, model: ModelConfig) -> None:
     """Raises UserError with the first key by which the checkpoint's parameters, or what they compute, are not the model's."""
-    saved, now = _described(read_model(folder)), _described(model)
+    saved, now = describe_model(read_model(folder)), describe_model(model)
     for key in {**now, **saved}:
         if (before := saved.get(key)) != (value := now.get(key)):
             raise UserError(f"{folder} is of another model: its model.{key} is {before!r}, the config's {value!r}")
@@ -37,7 +37,7 @@ def check_start(config: Config, resume: bool) -> None:
         check_model(folder, config.model)
 
 
-def _described(model: ModelConfig) -> dict[str, Any]:
+def describe_model(model: ModelConfig) -> dict[str, Any]:
     """By key, what has to be as in the checkpoint: neither where a pipeline is cut nor TRAINING_KEYS."""
     leaves = dict(_leaves(model.model_dump(mode="json", exclude={"repeat"})))
     leaves["pattern"] = (model.pattern * model.repeat).replace(CUT, "")

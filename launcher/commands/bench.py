@@ -101,7 +101,7 @@ def train(
         _known("peer", peer, ["hf"])
         _check_threads(threads)
         from ..benchmarks.training import LENGTHS, MODELS, bench_training
-        from ..verification.report import check_writable
+        from ..files import check_writable
 
         names = [_known("model", name, list(MODELS)) for name in model] or list(MODELS)
         lengths = _lengths(tokens, least=2) or LENGTHS
@@ -126,15 +126,17 @@ def generate(
     with user_errors():
         from ...configs.errors import UserError
         from ...configs.loading import load_config
-        from ..verification.report import check_writable
+        from ..files import check_writable
 
         lengths = _lengths(tokens) or [1024, 4096, 16384, 65536]
         one_rank = ["parallel={}", "data.documents=single", "batch={}"]
         asked = load_config(config, [*one_rank, *overrides], 1)
         if json is not None:
             check_writable(json)
-        if plot is not None and (plot.suffix != ".png" or not plot.absolute().parent.is_dir()):
-            raise UserError(f"--plot {plot}: allowed: a .png in a folder that exists")
+        if plot is not None:
+            check_writable(plot, "--plot")
+            if plot.suffix != ".png":
+                raise UserError(f"--plot {plot}: allowed: a .png")
         from ..benchmarks.generation import bench_generation
         from ..environment import process_group
 

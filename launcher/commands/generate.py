@@ -13,8 +13,10 @@ def generate(
     max_new: int = typer.Option(100, min=1, help="Tokens of each continuation, at most; the end of a document ends it too."),
     temperature: float = typer.Option(0.0, min=0.0, help="0: always the most likely token; else logits are divided by it."),
     top_p: float = typer.Option(1.0, help="With a temperature: of the most likely tokens that are together so likely, up to 1."),
-    seed: int = typer.Option(0, min=0, help="Of what a temperature draws."),
-    chunk: int = typer.Option(8192, min=1, help="Tokens of a prompt that are in work at a time; without effect on the result."),
+    seed: int = typer.Option(0, min=0, max=2**63 - 1, help="Of what a temperature draws."),
+    chunk: int = typer.Option(
+        8192, min=1, help="Tokens of a prompt that one process has in work at a time; the result is the same."
+    ),
     save_state: Path | None = typer.Option(None, help="Write what the model knows of the prompts to this file."),
     state: Path | None = typer.Option(None, help="Go on from a file of --save-state: the prompt, if any, follows what was read."),
     tp: int = typer.Option(1, min=1, help="As parallel.tp: processes that share the model out."),

@@ -96,7 +96,7 @@ def verify(
 
         if not under_torchrun():
             if json is not None:
-                from ..verification.report import check_writable
+                from ..files import check_writable
 
                 check_writable(json)
             processes = nproc or _fitting(plan, share_device)

@@ -50,7 +50,7 @@ def read_prompts(
     for number, text in enumerate(texts, 1):
         assert tokenizer is not None
         name = "--prompt" if len(texts) == 1 else f"--prompt {number}"
-        prompts.append(Prompt(_checked(tokenizer.encode(text).ids, name, vocab_size), text))
+        prompts.append(Prompt(_checked(tokenizer.encode(_encodable(text, name)).ids, name, vocab_size), text))
     for file in files:
         assert tokenizer is not None
         prompts.append(Prompt(_checked(tokenizer.encode(_text(file)).ids, f"--file {file}", vocab_size)))
@@ -66,6 +66,15 @@ def _checked(ids: list[int], name: str, vocab_size: int) -> list[int]:
         if not 0 <= token < vocab_size:
             raise UserError(f"{name}: token {token} is beyond the vocabulary; allowed: 0 to {vocab_size - 1}")
     return ids
+
+
+def _encodable(text: str, name: str) -> str:
+    """As it is. Raises UserError for what came as bytes that are no text."""
+    try:
+        text.encode()
+    except UnicodeError as error:
+        raise UserError(f"{name} is no text: {error}") from None
+    return text
 
 
 def _text(file: Path) -> str:
@@ -88,7 +97,7 @@ class Text:
     def __init__(self, tokenizer: Tokenizer | None, prompt: Prompt) -> None:
         self.tokenizer, self.so_far = tokenizer, prompt.shown
         self.ids, self.begin = prompt.ids[-SEEN:], 0
-        self.told = len(self.ids)
+        self.prompt = self.told = len(self.ids)
         """Tokens that the text so far is of; from `begin` on they are what the next ones are decoded with."""
 
     def add(self, token: int) -> str:
@@ -107,7 +116,8 @@ class Text:
             before, after = (self.tokenizer.decode(self.ids[self.begin : end]) for end in (self.told, len(self.ids)))
             if after.endswith(PART) and not whatever:
                 return ""
-            more = after[len(before.rstrip(PART)) :]
-            self.begin = self.begin if before.endswith(PART) else self.told
+            # The prompt's last character may be complete only now.
+            before = before.rstrip(PART) if self.begin == 0 and self.told == self.prompt else before
+            more, self.begin = after[len(before) :], self.told
         self.told, self.so_far = len(self.ids), self.so_far + more
         return more

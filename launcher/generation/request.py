@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...configs.errors import UserError
+from ..files import check_writable
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Request:
             raise UserError(f"--cp is {self.cp}, allowed with --state: 1, since what follows is read by one rank")
         if (self.state or self.save_state) and self.tp > 1:
             raise UserError(f"--tp is {self.tp}, allowed with --state and --save-state: 1")
-        if self.save_state is not None and not self.save_state.absolute().parent.is_dir():
-            raise UserError(f"--save-state {self.save_state}: allowed: a file in a folder that exists")
+        if self.save_state is not None:
+            check_writable(self.save_state, "--save-state")
 
     def arguments(self) -> list[str]:
         """Of the command, for workers."""

@@ -1,12 +1,11 @@
 """One run of `baton generate`: prompts are read, then all sequences go on together."""
 
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from ...configs.errors import UserError
@@ -18,7 +17,8 @@ from ...parallel.mesh import Mesh, build_mesh
 from ..checkpoints.contents import read_contents
 from ..checkpoints.model import read_model
 from ..environment import Environment
-from .prompts import Prompt, Text, find_end, find_tokenizer, read_prompts
+from .printer import Printer
+from .prompts import Prompt, find_end, find_tokenizer, read_prompts
 from .request import Request
 from .state_file import digest_model, load_states, save_states
 from .weights import generation_config, load_model
@@ -39,26 +39,46 @@ def run_generation(request: Request, environment: Environment) -> None:
     config = generation_config(contents, request.tp, request.cp, max((len(prompt.ids) for prompt in prompts), default=1))
     mesh = build_mesh(config.parallel, environment.device.type)
     model = load_model(contents, config, mesh, environment.device)
-    digest = digest_model(model)
-    prompts, states = _begin(request, prompts, model, digest, environment.device)
-    started = time.perf_counter()
-    _read_all(model, prompts, states, request.chunk, mesh, environment.device)
-    seconds = time.perf_counter() - started
-    if mesh.rank("cp") > 0:
-        _wait_for_the_end()
-        return
-    if request.save_state is not None:
-        save_states(request.save_state, states, digest)
-    room = max(int(state.lengths) for state in states) + request.most
-    state = states[0] if len(states) == 1 else join(states, room)
-    printer = Printer(tokenizer, prompts) if environment.leads else None
+    with _enough_memory(request.most):
+        states, prompts, seconds = _read_all(model, prompts, request, mesh, environment.device)
+        if mesh.rank("cp") > 0:
+            _wait_for_the_end()
+            return
+        room = max(int(state.lengths) for state in states) + request.most
+        state = states[0] if len(states) == 1 else join(states, room)
+        printer = Printer(tokenizer, prompts) if environment.leads else None
+        if printer:
+            printer.begin(sum(len(prompt.ids) for prompt in prompts), seconds)
+        started = time.perf_counter()
+        written = _go_on(model, state, request, mesh, find_end(config, tokenizer), printer)
     if printer:
-        printer.tell_reading(sum(len(prompt.ids) for prompt in prompts), seconds)
-    started = time.perf_counter()
-    written = _go_on(model, state, request, mesh, find_end(config, tokenizer), printer)
-    if printer:
-        printer.tell_writing(written, time.perf_counter() - started, state)
+        printer.end(written, time.perf_counter() - started, state)
         _end()
+
+
+@contextmanager
+def _enough_memory(most: int) -> Iterator[None]:
+    """Raises UserError where a device, or the host, has no more."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        raise UserError(f"not enough memory for the prompts and --max-new {most}: {str(error).splitlines()[0]}") from None
+
+
+def _read_all(
+    model: HybridModel, prompts: list[Prompt], request: Request, mesh: Mesh, device: torch.device
+) -> tuple[list[GenerationState], list[Prompt], float]:
+    """What is known of each sequence after its prompt, on the first ranks of cp; its prompt; and the seconds. Keeps it if asked to."""
+    digest = digest_model(model)
+    prompts, states = _begin(request, prompts, model, digest, device)
+    started = time.perf_counter()
+    _read_prompts(model, prompts, states, request.chunk, mesh, device)
+    seconds = time.perf_counter() - started
+    if request.save_state is not None and mesh.rank("cp") == 0:
+        save_states(request.save_state, states, digest)
+    return states, prompts, seconds
 
 
 def _begin(
@@ -71,7 +91,7 @@ def _begin(
     states = load_states(request.state, digest, device, more)
     prompts = prompts or [Prompt([])] * len(states)
     if len(states) == 1:
-        states += [restore(states[0].tensors(), int(states[0].lengths) + more) for _ in prompts[1:]]
+        states += [restore(states[0].tensors(), int(states[0].lengths), int(states[0].lengths) + more) for _ in prompts[1:]]
     if len(states) != len(prompts):
         raise UserError(
             f"--state {request.state}: {len(states)} sequences in it, {len(prompts)} prompts; allowed: as many, or no prompt"
@@ -79,7 +99,7 @@ def _begin(
     return prompts, states
 
 
-def _read_all(
+def _read_prompts(
     model: HybridModel, prompts: list[Prompt], states: list[GenerationState], chunk: int, mesh: Mesh, device: torch.device
 ) -> None:
     """Reads each prompt, over cp as far as it divides; the rest, and all that follows, is the first rank's of cp."""
@@ -133,38 +153,3 @@ def _wait_for_the_end() -> None:
 def _end() -> None:
     """Tells those that wait."""
     dist.distributed_c10d._get_default_store().set(ENDED, "")
-
-
-class Printer:
-    """Continuations on stdout, a single one as it grows; what it took on stderr."""
-
-    def __init__(self, tokenizer: Tokenizer | None, prompts: list[Prompt]) -> None:
-        self.texts = [Text(tokenizer, prompt) for prompt in prompts]
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._write(prompts[0].shown if len(prompts) == 1 else "")
-
-    def add(self, tokens: list[int], going: list[bool]) -> None:
-        """The next token of each sequence that still goes on."""
-        grown = [text.add(token) for text, token, still in zip(self.texts, tokens, going, strict=True) if still]
-        if len(self.texts) == 1:
-            self._write("".join(grown))
-
-    def tell_reading(self, tokens: int, seconds: float) -> None:
-        """How long the prompts took."""
-        if tokens:
-            self.console.print(f"read {tokens} tokens in {seconds:.2f} s ({tokens / seconds:.0f} tokens/s)")
-
-    def tell_writing(self, tokens: int, seconds: float, state: GenerationState) -> None:
-        """The continuations of several sequences; how long they took, and what the state holds."""
-        ends = [text.finish() for text in self.texts]
-        if len(self.texts) == 1:
-            self._write(f"{ends[0]}\n")
-        else:
-            for number, text in enumerate(self.texts, 1):
-                self._write(f"[{number}] {text.so_far}\n")
-        sizes = f"{state.recurrent_bytes / 2**20:.2f} MiB of states, {state.cache_bytes / 2**20:.2f} MiB of keys and values"
-        self.console.print(f"wrote {tokens} tokens in {seconds:.2f} s ({tokens / seconds:.0f} tokens/s); {sizes}")
-
-    def _write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()

@@ -6,53 +6,65 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ... import __version__
 from ...configs.errors import UserError
 from ...models.generation import GenerationState, restore
+from ...models.hf.files import Described, write_file
 from ...models.hybrid import HybridModel
 from ...parallel.gradients import local_part
+from ..checkpoints.model import describe_model
 from ..files import whole_file
 
-MODEL = "model"
-"""Key of the file's metadata: the digest of the model that has read."""
+MODEL, LENGTHS = "model", "lengths"
+"""Keys of the file's metadata: the digest of the model that has read, and how many tokens of each sequence."""
+SAMPLES = 4096
+"""Numbers of a tensor that its digest is made of, at most."""
 
 
 def digest_model(model: HybridModel) -> str:
-    """Tells models apart: by all shapes, and by the norms' weights, which every step of training changes."""
-    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    found = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode())
-    for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
-            found.update(local_part(parameter.detach()).float().cpu().contiguous().numpy().tobytes())
+    """Tells models apart that a state is not of both: what they compute, in which dtypes, and numbers out of every tensor.
+
+    A step of training changes some of these: A_log, D and dt_bias are in fp32, and of others there are thousands.
+    """
+    parameters = dict(model.named_parameters())
+    dtypes = {name: str(parameter.dtype) for name, parameter in parameters.items()}
+    found = hashlib.sha256(json.dumps([describe_model(model.config), dtypes], sort_keys=True).encode())
+    for parameter in parameters.values():
+        numbers = local_part(parameter.detach()).flatten()
+        found.update(numbers[:: -(-len(numbers) // SAMPLES)].double().cpu().numpy().tobytes())
     return found.hexdigest()
 
 
 def save_states(file: Path, states: list[GenerationState], digest: str) -> None:
     """Writes the states of sequences, each on its own, complete or not at all. Raises UserError."""
-    tensors = {f"{row}/{name}": t.contiguous() for row, state in enumerate(states) for name, t in state.tensors().items()}
+    named = {f"{row}/{name}": tensor for row, state in enumerate(states) for name, tensor in state.tensors().items()}
+    # Wide numbers first: each tensor then begins at a multiple of its numbers' size.
+    names = sorted(named, key=lambda name: -named[name].itemsize)
+    table = [Described(name, named[name].dtype, named[name].shape) for name in names]
+    metadata = {MODEL: digest, LENGTHS: json.dumps([int(state.lengths) for state in states]), "baton": __version__}
     with whole_file(file, "--save-state") as unfinished:
-        try:
-            save_file(tensors, unfinished, {MODEL: digest, "baton": __version__})
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
+        write_file(unfinished, table, (named[name].contiguous().cpu() for name in names), metadata)
 
 
 def load_states(file: Path, digest: str, device: torch.device, more: int) -> list[GenerationState]:
     """The states in a file of `save_states`, with room for so many more tokens. Raises UserError: another model's, damaged."""
     try:
         with safe_open(file, "pt", str(device)) as opened:
-            owner = (opened.metadata() or {}).get(MODEL)
-            rows: dict[int, dict[str, torch.Tensor]] = {}
-            if owner == digest:
-                for name in opened.keys():  # noqa: SIM118 (it is no dict)
-                    row, _, key = name.partition("/")
-                    rows.setdefault(int(row), {})[key] = opened.get_tensor(name)
-    except (OSError, SafetensorError, ValueError) as error:
+            metadata = opened.metadata() or {}
+            if MODEL not in metadata:
+                raise UserError(f"--state {file}: is no state; --save-state writes one")
+            if metadata[MODEL] != digest:
+                raise UserError(f"--state {file}: is of another model, or of other weights of it")
+            rows: dict[int, list[str]] = {}
+            for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                row, _, key = name.partition("/")
+                rows.setdefault(int(row), []).append(key)
+            return [
+                restore({key: opened.get_tensor(f"{row}/{key}") for key in rows[row]}, length, length + more)
+                for row, length in enumerate(json.loads(metadata[LENGTHS]))
+            ]
+    except UserError:
+        raise
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"--state {file}: cannot be read: {error}") from None
-    if owner is None:
-        raise UserError(f"--state {file}: is no state; --save-state writes one")
-    if owner != digest:
-        raise UserError(f"--state {file}: is of another model, or of other weights of it")
-    return [restore(rows[row], int(rows[row]["lengths"]) + more) for row in sorted(rows)]

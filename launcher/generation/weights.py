@@ -25,7 +25,9 @@ def generation_config(contents: Contents, tp: int, cp: int, longest: int) -> Con
         raise UserError(f"{contents.folder}/config.yaml: is damaged, or of another version of baton") from None
     parallel = ParallelConfig(tp=tp, cp=cp, dp=1, layout="zigzag")
     unit = parallel.segments * config.model.mamba2.chunk_size
-    data = config.data.model_copy(update={"documents": "single", "context": -(-max(longest, 1) // unit) * unit})
+    # As many tokens as a batch needs to be one: what the ways over ranks are chosen for.
+    experts = config.model.moe.experts
+    data = config.data.model_copy(update={"documents": "single", "context": -(-max(longest, experts) // unit) * unit})
     config = config.model_copy(update={"parallel": parallel, "data": data, "batch": BatchConfig()})
     try:
         config.check()
@@ -39,7 +41,8 @@ def load_model(contents: Contents, config: Config, mesh: Mesh, device: torch.dev
     dispatch.choose(config.kernels)
     model = build_replica(config, mesh, device)
     saved = {entry.name for entry in contents.entries}
-    tensors = {**dict(model.named_parameters()), **{name: b for name, b in model.named_buffers() if name in saved}}
+    kept = model.state_dict().keys()
+    tensors = {**dict(model.named_parameters()), **{name: b for name, b in model.named_buffers() if name in kept}}
     if missing := sorted(tensors.keys() - saved):
         raise UserError(f"{contents.folder}: {missing[0]} is missing")
     state = {MODEL + name: tensor for name, tensor in tensors.items()}

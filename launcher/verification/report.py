@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ...configs.errors import UserError
 from ...configs.schema import ParallelConfig
 from ..files import whole_file
 from .cases import Skipped, mesh_of
@@ -123,13 +122,6 @@ def _strategy(verdict: Verdict, key: str) -> str:
     """As the config has it, and what `auto` has chosen."""
     asked = getattr(verdict.config.parallel, key)
     return f"auto ({verdict.chosen[key]})" if asked == "auto" and verdict.chosen else asked
-
-
-def check_writable(file: Path) -> None:
-    """Raises UserError where the file could not be written at the end."""
-    folder = file.absolute().parent
-    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--json {file}: cannot be written; allowed: a file in a folder that exists and can be written")
 
 
 def write_json(file: Path, verdicts: list[Verdict], skipped: list[Skipped]) -> None:

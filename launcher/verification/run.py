@@ -7,8 +7,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ..environment import Environment
+from ..files import check_writable
 from .cases import Plan
-from .report import Report, check_writable, failure, write_json
+from .report import Report, failure, write_json
 from .verifier import Verifier
 
 

@@ -1,5 +1,7 @@
 """The short convolution before a recurrence, of one or more inputs whose channels shard differently."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +44,7 @@ class ShortConv(nn.Module):
         state: of generation; what it knows of is before the first token.
         """
         if state is not None:
-            halo = self._continue(torch.cat(inputs, -1), halo, state)
+            halo = self._continue(inputs, halo, state)
         halos = [None] * len(inputs) if halo is None else halo.split([x.shape[-1] for x in inputs], -1)
         positions = None if documents is None else documents.positions
         return [
@@ -50,10 +52,11 @@ class ShortConv(nn.Module):
             for x, (weight, bias), before in zip(inputs, self._taps(), halos, strict=True)
         ]
 
-    def _continue(self, inputs: Tensor, halo: Tensor | None, state: RecurrentState) -> Tensor | None:
-        """What is before the inputs [b, l, c]; their last tokens are the state's from here on."""
-        before = inputs.new_zeros(len(inputs), self.reach, inputs.shape[-1]) if state.tail is None else state.tail
-        tail = torch.cat([before, inputs[:, -self.reach :]], 1)[:, -self.reach :]
+    def _continue(self, inputs: Sequence[Tensor], halo: Tensor | None, state: RecurrentState) -> Tensor:
+        """What is before the inputs, each [b, l, c]; their last tokens are the state's from here on."""
+        last = torch.cat([x[:, -self.reach :] for x in inputs], -1)
+        before = last.new_zeros(len(last), self.reach, last.shape[-1]) if state.tail is None else state.tail
+        tail = torch.cat([before, last], 1)[:, -self.reach :].clone()
         halo = before.clone()[:, None] if halo is None else halo
         state.keep("tail", tail)
         return halo

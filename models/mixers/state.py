@@ -53,11 +53,10 @@ class KVCache:
     def append(self, k: Tensor, v: Tensor) -> None:
         """The keys and values [b, l, heads, e] of the next tokens, of which there is one where rows have different lengths.
 
-        Raises ValueError where there is no room.
+        Raises ValueError as `check`.
         """
         b, l, heads, e = k.shape
-        if self.longest + l > self.room:
-            raise ValueError(f"{self.longest} and {l} more tokens in a cache with room for {self.room}")
+        self.check(l, l)
         if self.keys is None:
             self.keys, self.values = (t.new_empty(b, heads, self.room, e) for t in (k, v))
         for cache, new in ((self.keys, k), (self.values, v)):
@@ -69,6 +68,13 @@ class KVCache:
         if self.lengths is not None:
             self.lengths += l
         self.shortest, self.longest = self.shortest + l, self.longest + l
+
+    def check(self, more: int, together: int) -> None:
+        """Raises ValueError where there is no room for more tokens, or rows of different lengths would get several together."""
+        if self.longest + more > self.room:
+            raise ValueError(f"{self.longest} and {more} more tokens in a cache with room for {self.room}")
+        if self.lengths is not None and together > 1:
+            raise ValueError(f"{together} tokens for rows of different lengths, allowed: one at a time")
 
     def attend(self, q: Tensor) -> Tensor:
         """Causal attention of the last tokens, q [b, l, h, e] with rows of one length or l = 1 -> [b, l, h, e]."""
@@ -84,13 +90,15 @@ class KVCache:
         return F.scaled_dot_product_attention(q.squeeze(1).unflatten(1, (k.shape[1], -1)), k, v, seen).flatten(1, 2)[:, None]
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name what there is of rows of one length."""
+        """By name what there is. Raises ValueError for rows of different lengths."""
+        if self.lengths is not None:
+            raise ValueError("rows of different lengths are not kept; allowed: each row's state before they were joined")
         return {name: t[:, :, : self.longest] for name, t in (("keys", self.keys), ("values", self.values)) if t is not None}
 
     @property
     def bytes(self) -> int:
         """That the longest row takes, of each row."""
-        return sum(tensor.nbytes for tensor in self.tensors().values())
+        return sum(t.nbytes // self.room * self.longest for t in (self.keys, self.values) if t is not None)
 
 
 State = RecurrentState | KVCache
@@ -124,12 +132,15 @@ def joined(states: Sequence[State], room: int) -> State:
     tensors = [state.tensors() for state in states]
     if isinstance(states[0], RecurrentState):
         return restored({name: torch.cat([each[name] for each in tensors]) for name in tensors[0]}, room)
-    lengths = [each["keys"].shape[2] for each in tensors]
-    longest = max(lengths)
-    padded = {name: torch.cat([F.pad(t[name], (0, 0, 0, longest - t[name].shape[2])) for t in tensors]) for name in tensors[0]}
-    cache = restored(padded, room)
-    assert isinstance(cache, KVCache)
-    if min(lengths) < longest:
-        rows = [length for length, each in zip(lengths, tensors, strict=True) for _ in each["keys"]]
-        cache.lengths, cache.shortest = torch.tensor(rows, device=padded["keys"].device), min(lengths)
+    cache = KVCache(room)
+    rows = [length for each in tensors for length in [each["keys"].shape[2]] * len(each["keys"])]
+    some = tensors[0]["keys"]
+    cache.keys, cache.values = (some.new_empty(len(rows), some.shape[1], room, some.shape[3]) for _ in range(2))
+    begin = 0
+    for each in tensors:
+        own = slice(begin, begin := begin + len(each["keys"]))
+        cache.keys[own, :, : each["keys"].shape[2]], cache.values[own, :, : each["keys"].shape[2]] = each["keys"], each["values"]
+    cache.shortest, cache.longest = min(rows), max(rows)
+    if cache.shortest < cache.longest:
+        cache.lengths = torch.tensor(rows, device=some.device)
     return cache

@@ -54,7 +54,7 @@ def test_numbers(tmp_path, clock):
 def test_bad_input(tmp_path):
     for options, message in (
         (["--tokens", "20,x"], "--tokens is '20,x', allowed: numbers from 1 to "),
-        (["--plot", tmp_path / "out.txt"], f"--plot {tmp_path / 'out.txt'}: allowed: a .png in a folder that exists"),
+        (["--plot", tmp_path / "out.txt"], f"--plot {tmp_path / 'out.txt'}: allowed: a .png"),
         (["--json", tmp_path / "no" / "out.json"], "cannot be written; allowed: a file in a folder that exists"),
         (["model.pattern=X"], "model.pattern"),
     ):

@@ -1,8 +1,10 @@
 """`baton generate`: what it prints and keeps, over processes too, and what it refuses."""
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,8 +23,9 @@ from baton.launcher.generation import run
 from baton.launcher.generation.prompts import Prompt, Text
 from baton.launcher.generation.request import Request
 from baton.launcher.generation.run import run_generation
-from baton.launcher.generation.weights import load_model
-from baton.launcher.training.loop import run_training
+from baton.launcher.generation.weights import generation_config, load_model
+from baton.launcher.training.loop import Trainer, run_training
+from baton.launcher.training.run_folder import checkpoints
 from baton.launcher.training.tokenizer import byte_tokenizer
 from baton.models.hybrid import HybridModel
 from helpers import small_run
@@ -209,9 +212,51 @@ def test_bad_input(runs, tmp_path):
     with pytest.raises(UserError, match="--tp 2 x --cp 1 on 1 ranks; allowed: as many as their product"):
         run_generation(request, Environment(0, 1, torch.device("cpu")))
     nowhere = tmp_path / "no" / "state"
-    assert error_of(one, "--prompt", "7", "--save-state", nowhere).endswith(f"{nowhere}: allowed: a file in a folder that exists")
+    assert error_of(one, "--prompt", "7", "--save-state", nowhere).endswith(
+        f"{nowhere}: cannot be written; allowed: a file in a folder that exists and can be written"
+    )
+    assert "--save-state .: cannot be written" in error_of(one, "--prompt", "7", "--save-state", ".")
+    assert "--prompt is no text: " in error_of(one, "--prompt", "\udcff")
+    many = error_of(one, "--prompt", "7", "--max-new", 10**14)
+    assert many.startswith(f"error: not enough memory for the prompts and --max-new {10**14}: ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ids", "state"]
     assert load_file(state).keys() == {"a"}
+
+
+def test_a_prompt_of_fewer_tokens_than_experts(runs):
+    """Is not what a batch of training has to be."""
+    contents = read_contents(find_checkpoint(runs / "one"))
+    model = contents.config["model"] | {"moe": contents.config["model"]["moe"] | {"experts": 64}}
+    config = generation_config(replace(contents, config=contents.config | {"model": model}), 1, 2, 3)
+    assert 64 <= config.data.context < 100
+    assert (config.parallel.cp, config.parallel.layout, config.data.documents) == (2, "zigzag", "single")
+
+
+def saved_twice(rank, config):
+    """Checkpoints of a run in bf16, one small step apart."""
+    trainer = Trainer(config, Environment(rank, 1, torch.device("cpu")))
+    for _ in range(2):
+        trainer.step()
+        trainer.save()
+        trainer.checkpointer.finish()
+
+
+def test_a_state_of_the_step_before(pool, runs, tmp_path):
+    """Is another model's, also in bf16, where a small step changes hardly a norm; and so is one in another precision."""
+    steps = ["precision=bf16", "optimizer.lr=1e-6", "schedule={steps: 2, warmup: 1}", "checkpoint.every=1", "batch.micro_steps=1"]
+    config = small_run(runs, [*PATTERN, *steps], runs / "text.txt", 1, "small")
+    pool.run(1, saved_twice, config)
+    first, second = checkpoints(config.run)
+    state = tmp_path / "state"
+    shown = generate(first, "--prompt", "7", "--max-new", 4, "--save-state", state).stdout
+    assert "7" + generate(first, "--state", state, "--max-new", 4).stdout == shown
+    assert error_of(second, "--state", state).endswith("is of another model, or of other weights of it")
+    text = (first / "config.yaml").read_text()
+    (first / "config.yaml").write_text(text.replace("precision: bf16", "precision: fp32"))
+    manifest = json.loads((first / "manifest.json").read_text())
+    manifest["files"]["config.yaml"] = (first / "config.yaml").stat().st_size
+    (first / "manifest.json").write_text(json.dumps(manifest))
+    assert error_of(first, "--state", state).endswith("is of another model, or of other weights of it")
 
 
 def test_weights_that_are_not_finite(runs, monkeypatch):
@@ -234,6 +279,9 @@ def test_text_grows_by_characters():
     text = Text(tokenizer, Prompt(ids[:2], "a"))
     assert [text.add(token) for token in ids[2:]] == ["é", "", "", "€", " ", "z"]
     assert text.so_far == "aé€ z"
+    marks = tokenizer.encode("a\ufffd\ufffdb").ids
+    grown = Text(tokenizer, Prompt(marks[:1], "a"))
+    assert "".join(grown.add(token) for token in marks[1:]) == "\ufffd\ufffdb"
     cut = Text(tokenizer, Prompt(ids[:1], "a"))
     assert [cut.add(token) for token in ids[1:5]] == ["", "é", "", ""]
     assert cut.finish() == "\ufffd"

@@ -19,12 +19,13 @@ from baton.kernels.cross_entropy import IGNORED
 from baton.kernels.scan import LocalScan
 from baton.launcher.cli import app
 from baton.launcher.environment import Environment
+from baton.launcher.files import check_writable
 from baton.launcher.verification import verifier
 from baton.launcher.verification.batch import Share, draw_batch, pack
 from baton.launcher.verification.cases import plan_matrix, plan_one
 from baton.launcher.verification.choices import record_choices, replay_choices
 from baton.launcher.verification.differences import Differences
-from baton.launcher.verification.report import check_writable, failure, write_json
+from baton.launcher.verification.report import failure, write_json
 from baton.launcher.verification.steps import Alone
 from baton.launcher.verification.verdict import QUANTITIES, to_json
 from baton.launcher.verification.verifier import Verifier

@@ -70,7 +70,7 @@ def _enough_memory(most: int) -> Iterator[None]:
 def _read_all(
     model: HybridModel, prompts: list[Prompt], request: Request, mesh: Mesh, device: torch.device
 ) -> tuple[list[GenerationState], list[Prompt], float]:
-    """What is known of each sequence after its prompt, on the first ranks of cp; its prompt; and the seconds. Keeps it if asked to."""
+    """What is known after each prompt, on the first ranks of cp; the prompts; and the seconds. Keeps the states where asked to."""
     digest = digest_model(model)
     prompts, states = _begin(request, prompts, model, digest, device)
     started = time.perf_counter()

@@ -217,8 +217,8 @@ def test_bad_input(runs, tmp_path):
     )
     assert "--save-state .: cannot be written" in error_of(one, "--prompt", "7", "--save-state", ".")
     assert "--prompt is no text: " in error_of(one, "--prompt", "\udcff")
-    many = error_of(one, "--prompt", "7", "--max-new", 10**14)
-    assert many.startswith(f"error: not enough memory for the prompts and --max-new {10**14}: ")
+    many = error_of(one, "--prompt", "7", "--max-new", 2**31)
+    assert many.startswith(f"error: not enough memory for the prompts and --max-new {2**31}: ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ids", "state"]
     assert load_file(state).keys() == {"a"}
 

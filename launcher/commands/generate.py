@@ -10,9 +10,7 @@ def generate(
     prompt: list[str] = typer.Option([], help="Text to go on with. May be given again: all go on together."),
     file: list[Path] = typer.Option([], help="A file of text to go on with. May be given again."),
     ids: list[Path] = typer.Option([], help="A file of token ids, separated by blanks. May be given again."),
-    max_new: int = typer.Option(
-        100, min=1, max=2**31, help="Tokens of each continuation, at most; the end of a document ends it too."
-    ),
+    max_new: int = typer.Option(100, min=1, max=2**31, help="Tokens of each continuation, at most; a document's end ends it too."),
     temperature: float = typer.Option(0.0, min=0.0, help="0: always the most likely token; else logits are divided by it."),
     top_p: float = typer.Option(1.0, help="With a temperature: of the most likely tokens that are together so likely, up to 1."),
     seed: int = typer.Option(0, min=0, max=2**63 - 1, help="Of what a temperature draws."),

@@ -1,6 +1,5 @@
 """Prompts as tokens, and what follows them as text."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,11 +8,11 @@ from tokenizers import Tokenizer
 from ...configs.errors import UserError
 from ...configs.schema import Config
 from ..training.tokenizer import END_OF_DOCUMENT, load_tokenizer
+from .request import Request
 
 TOKENIZER = "tokenizer.json"
 SEEN = 16
 """Tokens of the prompt that what follows is decoded with: how a token is written may depend on those before it."""
-
 PART = "\ufffd"
 """What a part of a character is decoded as."""
 LONGEST_CHARACTER = 4
@@ -40,22 +39,22 @@ def find_end(config: Config, tokenizer: Tokenizer | None) -> int | None:
     return None if tokenizer is None or name is None else tokenizer.token_to_id(name)
 
 
-def read_prompts(
-    texts: Sequence[str], files: Sequence[Path], ids: Sequence[Path], tokenizer: Tokenizer | None, vocab_size: int
-) -> list[Prompt]:
+def read_prompts(request: Request, tokenizer: Tokenizer | None, vocab_size: int) -> list[Prompt]:
     """Texts, files of text, and files of token ids separated by blanks, in this order. Raises UserError for what is no prompt."""
-    if (texts or files) and tokenizer is None:
+    if (request.texts or request.files) and tokenizer is None:
         raise UserError(f"the checkpoint has no {TOKENIZER}; allowed: --ids, files of token ids")
+
+    def encode(text: str) -> list[int]:
+        assert tokenizer is not None
+        # What a tokenizer puts before a text belongs at a sequence's beginning alone.
+        return tokenizer.encode(text, add_special_tokens=request.state is None).ids
+
     prompts: list[Prompt] = []
-    for number, text in enumerate(texts, 1):
-        assert tokenizer is not None
-        name = "--prompt" if len(texts) == 1 else f"--prompt {number}"
-        prompts.append(Prompt(_checked(tokenizer.encode(_encodable(text, name)).ids, name, vocab_size), text))
-    for file in files:
-        assert tokenizer is not None
-        prompts.append(Prompt(_checked(tokenizer.encode(_text(file)).ids, f"--file {file}", vocab_size)))
-    for file in ids:
-        prompts.append(Prompt(_checked(_numbers(file), f"--ids {file}", vocab_size)))
+    for number, text in enumerate(request.texts, 1):
+        name = "--prompt" if len(request.texts) == 1 else f"--prompt {number}"
+        prompts.append(Prompt(_checked(encode(_encodable(text, name)), name, vocab_size), text))
+    prompts += [Prompt(_checked(encode(_text(file)), f"--file {file}", vocab_size)) for file in request.files]
+    prompts += [Prompt(_checked(_numbers(file), f"--ids {file}", vocab_size)) for file in request.ids]
     return prompts
 
 

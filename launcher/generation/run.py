@@ -35,7 +35,7 @@ def run_generation(request: Request, environment: Environment) -> None:
         raise UserError(f"--tp {request.tp} x --cp {request.cp} on {environment.world} ranks; allowed: as many as their product")
     contents = read_contents(request.checkpoint)
     tokenizer = find_tokenizer(contents.folder)
-    prompts = read_prompts(request.texts, request.files, request.ids, tokenizer, read_model(contents.folder).vocab_size)
+    prompts = read_prompts(request, tokenizer, read_model(contents.folder).vocab_size)
     config = generation_config(contents, request.tp, request.cp, max((len(prompt.ids) for prompt in prompts), default=1))
     mesh = build_mesh(config.parallel, environment.device.type)
     model = load_model(contents, config, mesh, environment.device)
@@ -117,7 +117,7 @@ def _read_prompts(
 
 
 def _go_on(
-    model: HybridModel, state: GenerationState, request: Request, mesh: Mesh, end: int | None, printer: "Printer | None"
+    model: HybridModel, state: GenerationState, request: Request, mesh: Mesh, end: int | None, printer: Printer | None
 ) -> int:
     """All sequences, until each has met its end or all tokens that were asked for -> tokens written."""
     pick: Choose = Sampler(request.temperature, request.top_p, request.seed) if request.temperature else greedy

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
 from baton.configs.errors import UserError
@@ -20,7 +21,7 @@ from baton.launcher.checkpoints.tensors import CheckpointTensors
 from baton.launcher.cli import app
 from baton.launcher.environment import Environment
 from baton.launcher.generation import run
-from baton.launcher.generation.prompts import Prompt, Text
+from baton.launcher.generation.prompts import Prompt, Text, read_prompts
 from baton.launcher.generation.request import Request
 from baton.launcher.generation.run import run_generation
 from baton.launcher.generation.weights import generation_config, load_model
@@ -176,6 +177,16 @@ def test_the_end_of_a_document_ends_it(runs, monkeypatch):
     other = other[: other.index(text[4])] if text[4] in other else other
     both = generate(runs / "one", "--prompt", "7 squared is ", "--prompt", "1", "--max-new", 20).stdout
     assert both == f"[1] 7 squared is {short}\n[2] 1{other}\n"
+
+
+def test_a_text_begins_once(runs):
+    """What a tokenizer puts before a text is not put before what follows a state."""
+    tokenizer = byte_tokenizer()
+    tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    request = Request(runs, ["ab"], [], [], 1, 0.0, 1.0, 0, 8, None, None, 1, 1)
+    ids = byte_tokenizer().encode("ab").ids
+    assert read_prompts(request, tokenizer, 288) == [Prompt([0, *ids], "ab")]
+    assert read_prompts(replace(request, state=runs), tokenizer, 288) == [Prompt(ids, "ab")]
 
 
 def test_chance(runs):

@@ -1,6 +1,7 @@
 """Generation with recurrent state: a model reads prompts in chunks, and then a token at a time, in constant time but for attention.
 
-    states = [read(model, ids, new_state(model, room), CHUNK) for ids in prompts]     ids [1, l]
+    room = max(ids.shape[1] for ids in prompts) + 100
+    states = [read(model, ids, new_state(model, room)) for ids in prompts]            ids [1, l]
     batch = join(states, room)
     for ids in generate(model, batch, 100, greedy): ...                               ids [b]
 
@@ -89,9 +90,10 @@ def read(model: HybridModel, ids: Tensor, state: GenerationState, chunk: int = C
 
     Raises ValueError where a cache has no room for them; the state is then as it was.
     """
+    chunk = min(chunk, ids.shape[1])
     for layer in state.layers.values():
         if isinstance(layer, KVCache):
-            layer.check(ids.shape[1], min(chunk, ids.shape[1]))
+            layer.check(ids.shape[1], chunk)
     for part in ids.split(chunk, 1):
         positions = state.lengths[:, None] + torch.arange(part.shape[1], device=ids.device)
         logits = model(part, None, positions, states=state.layers)

@@ -44,7 +44,6 @@ def bench_generation(
     config: Config, lengths: list[int], new: int, chunk: int, device: torch.device, file: Path | None, plot: Path | None
 ) -> None:
     """Prints a table, and writes it as JSON and as a plot. Raises UserError."""
-    model = _build(config, device)
     machine = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
@@ -54,6 +53,8 @@ def bench_generation(
         "chunk": chunk,
     }
     console.print(", ".join(f"{name} {value}" for name, value in machine.items()), soft_wrap=True)
+    model = _build(config, device)
+    model = _build(config, device)
     _measure(model, WARM_UP, WARM_UP, chunk, device)
     measured = []
     for length in lengths:

@@ -116,7 +116,7 @@ def generate(
     overrides: list[str] = OVERRIDES,
     tokens: str = typer.Option("", help="Lengths of prompts, 1024,4096,16384,65536 unless given."),
     max_new: int = typer.Option(32, min=2, help="Tokens after each prompt."),
-    chunk: int = typer.Option(8192, min=1, help="Tokens of a prompt that are in work at a time."),
+    chunk: int = typer.Option(8192, min=1, max=2**31, help="Tokens of a prompt that are in work at a time."),
     json: Path | None = typer.Option(None, help="Where the numbers go at the end."),
     plot: Path | None = typer.Option(None, help="Where the plot goes at the end, a .png."),
 ) -> None:

@@ -15,14 +15,14 @@ def generate(
     top_p: float = typer.Option(1.0, help="With a temperature: of the most likely tokens that are together so likely, up to 1."),
     seed: int = typer.Option(0, min=0, max=2**63 - 1, help="Of what a temperature draws."),
     chunk: int = typer.Option(
-        8192, min=1, help="Tokens of a prompt that one process has in work at a time; the result is the same."
+        8192, min=1, max=2**31, help="Tokens of a prompt that one process has in work at a time; the result is the same."
     ),
     save_state: Path | None = typer.Option(None, help="Write what the model knows of the prompts to this file."),
     state: Path | None = typer.Option(None, help="Go on from a file of --save-state: the prompt, if any, follows what was read."),
     tp: int = typer.Option(1, min=1, help="As parallel.tp: processes that share the model out."),
     cp: int = typer.Option(1, min=1, help="As parallel.cp: processes that share a prompt out; one of them goes on alone."),
 ) -> None:
-    """Continue prompts, with recurrent state: a token costs the same after any prompt, but for attention.
+    """Continue prompts, with recurrent state: Mamba layers take the same time for a token after any prompt.
 
     Prints the continuation as it grows, of several prompts each at the end. Under torchrun this process is one of tp x cp workers;
     without it, they are started here.

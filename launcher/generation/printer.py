@@ -18,6 +18,8 @@ class Printer:
 
     def __init__(self, tokenizer: Tokenizer | None, prompts: list[Prompt]) -> None:
         self.texts = [Text(tokenizer, prompt) for prompt in prompts]
+        if sys.stdout is None:
+            raise UserError("stdout: is closed")
         if isinstance(sys.stdout, io.TextIOWrapper):
             # A terminal that does not know a character shows another one.
             sys.stdout.reconfigure(errors="replace")

@@ -78,14 +78,15 @@ def _encodable(text: str, name: str) -> str:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text()
+        # Not as text, for which Python changes ends of lines.
+        return file.read_bytes().decode()
     except (OSError, ValueError) as error:
         raise UserError(f"--file {file}: cannot be read as text: {error}") from None
 
 
 def _numbers(file: Path) -> list[int]:
     try:
-        return [int(word) for word in file.read_text().split()]
+        return [int(word) for word in file.read_bytes().decode().split()]
     except (OSError, ValueError) as error:
         raise UserError(f"--ids {file}: no token ids: {error}") from None
 

@@ -39,32 +39,32 @@ def run_generation(request: Request, environment: Environment) -> None:
     config = generation_config(contents, request.tp, request.cp, max((len(prompt.ids) for prompt in prompts), default=1))
     mesh = build_mesh(config.parallel, environment.device.type)
     model = load_model(contents, config, mesh, environment.device)
-    with _enough_memory(request.most):
+    with _enough_memory(request.max_new):
         states, prompts, seconds = _read_all(model, prompts, request, mesh, environment.device)
         if mesh.rank("cp") > 0:
-            _wait_for_the_end()
+            _wait_for_the_tell_the_others()
             return
-        room = max(int(state.lengths) for state in states) + request.most
+        room = max(int(state.lengths) for state in states) + request.max_new
         state = states[0] if len(states) == 1 else join(states, room)
         printer = Printer(tokenizer, prompts) if environment.leads else None
         if printer:
             printer.begin(sum(len(prompt.ids) for prompt in prompts), seconds)
         started = time.perf_counter()
-        written = _go_on(model, state, request, mesh, find_end(config, tokenizer), printer)
+        written = _write_continuations(model, state, request, mesh, find_end(config, tokenizer), printer)
     if printer:
         printer.end(written, time.perf_counter() - started, state)
-        _end()
+        _tell_the_others()
 
 
 @contextmanager
-def _enough_memory(most: int) -> Iterator[None]:
+def _enough_memory(max_new: int) -> Iterator[None]:
     """Raises UserError where a device, or the host, has no more."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        raise UserError(f"not enough memory for the prompts and --max-new {most}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"not enough memory for the prompts and --max-new {max_new}: {str(error).splitlines()[0]}") from None
 
 
 def _read_all(
@@ -72,7 +72,7 @@ def _read_all(
 ) -> tuple[list[GenerationState], list[Prompt], float]:
     """What is known after each prompt, on the first ranks of cp; the prompts; and the seconds. Keeps the states where asked to."""
     digest = digest_model(model)
-    prompts, states = _begin(request, prompts, model, digest, device)
+    prompts, states = _initial_states(request, prompts, model, digest, device)
     started = time.perf_counter()
     _read_prompts(model, prompts, states, request.chunk, mesh, device)
     seconds = time.perf_counter() - started
@@ -81,14 +81,14 @@ def _read_all(
     return states, prompts, seconds
 
 
-def _begin(
+def _initial_states(
     request: Request, prompts: list[Prompt], model: HybridModel, digest: str, device: torch.device
 ) -> tuple[list[Prompt], list[GenerationState]]:
     """Each sequence's prompt and what is known before it. Raises UserError where they are not as many as a state has sequences."""
     if request.state is None:
-        return prompts, [new_state(model, len(prompt.ids) + request.most) for prompt in prompts]
-    more = max((len(prompt.ids) for prompt in prompts), default=0) + request.most
-    states = load_states(request.state, digest, device, more)
+        return prompts, [new_state(model, len(prompt.ids) + request.max_new) for prompt in prompts]
+    more = max((len(prompt.ids) for prompt in prompts), default=0) + request.max_new
+    states = load_states(request.state, digest, model, more)
     prompts = prompts or [Prompt([])] * len(states)
     if len(states) == 1:
         states += [restore(states[0].tensors(), int(states[0].lengths), int(states[0].lengths) + more) for _ in prompts[1:]]
@@ -116,7 +116,7 @@ def _read_prompts(
                 read(model, rest, state, chunk)
 
 
-def _go_on(
+def _write_continuations(
     model: HybridModel, state: GenerationState, request: Request, mesh: Mesh, end: int | None, printer: Printer | None
 ) -> int:
     """All sequences, until each has met its end or all tokens that were asked for -> tokens written."""
@@ -132,7 +132,7 @@ def _go_on(
         return ids
 
     going, written = [True] * len(state.lengths), 0
-    for ids in generate(model, state, request.most, choose):
+    for ids in generate(model, state, request.max_new, choose):
         chosen = ids.tolist()
         going = [still and token != end for still, token in zip(going, chosen, strict=True)]
         written += sum(going)
@@ -143,13 +143,13 @@ def _go_on(
     return written
 
 
-def _wait_for_the_end() -> None:
+def _wait_for_the_tell_the_others() -> None:
     """Of a rank that has nothing more to do; no collective, which would give up after its timeout."""
     store = dist.distributed_c10d._get_default_store()
     while not store.check([ENDED]):
         time.sleep(POLL)
 
 
-def _end() -> None:
+def _tell_the_others() -> None:
     """Tells those that wait."""
     dist.distributed_c10d._get_default_store().set(ENDED, "")

@@ -132,15 +132,18 @@ def joined(states: Sequence[State], room: int) -> State:
     tensors = [state.tensors() for state in states]
     if isinstance(states[0], RecurrentState):
         return restored({name: torch.cat([each[name] for each in tensors]) for name in tensors[0]}, room)
-    cache = KVCache(room)
-    rows = [length for each in tensors for length in [each["keys"].shape[2]] * len(each["keys"])]
-    some = tensors[0]["keys"]
-    cache.keys, cache.values = (some.new_empty(len(rows), some.shape[1], room, some.shape[3]) for _ in range(2))
-    begin = 0
+    cache, rows = KVCache(room), sum(len(each["keys"]) for each in tensors)
+    # Zeros: what a row does not see has no weight, but no weight times what is not finite is not finite.
+    cache.keys, cache.values = (
+        tensors[0][name].new_zeros(rows, tensors[0][name].shape[1], room, tensors[0][name].shape[3]) for name in ("keys", "values")
+    )
+    lengths: list[int] = []
     for each in tensors:
-        own = slice(begin, begin := begin + len(each["keys"]))
-        cache.keys[own, :, : each["keys"].shape[2]], cache.values[own, :, : each["keys"].shape[2]] = each["keys"], each["values"]
-    cache.shortest, cache.longest = min(rows), max(rows)
+        own, length = slice(len(lengths), len(lengths) + len(each["keys"])), each["keys"].shape[2]
+        cache.keys[own, :, :length] = each["keys"]
+        cache.values[own, :, :length] = each["values"]
+        lengths += [length] * len(each["keys"])
+    cache.shortest, cache.longest = min(lengths), max(lengths)
     if cache.shortest < cache.longest:
-        cache.lengths = torch.tensor(rows, device=some.device)
+        cache.lengths = torch.tensor(lengths, device=cache.keys.device)
     return cache

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
@@ -101,12 +103,14 @@ def test_a_continuation(runs):
 
 def test_several_prompts(runs, tmp_path):
     """Of text, of a file and of ids, of different lengths: each as alone."""
-    (tmp_path / "long.txt").write_text("12 squared is 144; " * 5)
+    (tmp_path / "long.txt").write_bytes(b"12 squared is 144; " * 4 + b"12 squared is 144;\r\n")
     (tmp_path / "ids.txt").write_text(" ".join(map(str, byte_tokenizer().encode("3 sq").ids)))
     options = ["--file", tmp_path / "long.txt", "--ids", tmp_path / "ids.txt", "--prompt", "9 squ", "--max-new", 8]
     shown = generate(runs / "one", *options).stdout
-    text, file, ids = (expected(runs / "one", prompt, 8) for prompt in ("9 squ", "12 squared is 144; " * 5, "3 sq"))
-    assert shown == f"[1] {text}\n[2] {file[95:]}\n[3] {ids[4:]}\n"
+    text, file, ids = (
+        expected(runs / "one", prompt, 8) for prompt in ("9 squ", "12 squared is 144; " * 4 + "12 squared is 144;\r\n", "3 sq")
+    )
+    assert shown == f"[1] {text}\n[2] {file[96:]}\n[3] {ids[4:]}\n"
 
 
 def test_a_kept_state(runs, tmp_path):
@@ -209,12 +213,27 @@ def test_bad_input(runs, tmp_path):
     generate(one, "--prompt", "7", "--max-new", 1, "--save-state", state)
     whole = state.read_bytes()
     assert error_of(runs / "other", "--state", state) == f"error: --state {state}: is of another model, or of other weights of it"
+    with safe_open(state, "pt") as opened:
+        tensors, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+    for lengths, without in (("5", None), ("[]", None), ("[9]", None), ("[1]", "0/logits"), ("[1, 1]", None)):
+        save_file({k: t for k, t in tensors.items() if k != without}, state, metadata | {"lengths": lengths})
+        assert error_of(one, "--state", state).startswith(f"error: --state {state}: is damaged")
     state.write_bytes(whole[:-100])
-    assert error_of(one, "--state", state).startswith(f"error: --state {state}: cannot be read: ")
+    assert error_of(one, "--state", state).startswith(f"error: --state {state}: is damaged, or cannot be read: ")
     save_file({"a": torch.zeros(1)}, state)
     assert error_of(one, "--state", state) == f"error: --state {state}: is no state; --save-state writes one"
-    assert error_of(one, "--state", tmp_path / "none").startswith(f"error: --state {tmp_path / 'none'}: cannot be read: ")
+    assert error_of(one, "--state", tmp_path / "none").startswith(
+        f"error: --state {tmp_path / 'none'}: is damaged, or cannot be read: "
+    )
     assert error_of(tmp_path, "--prompt", "7").startswith(f"error: {tmp_path}: no complete checkpoint")
+    assert error_of(tmp_path / "none", "--prompt", "7").startswith(
+        f"error: {tmp_path / 'none'} is no folder; allowed: a checkpoint"
+    )
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    assert error_of(tmp_path / "hf", "--prompt", "7").endswith("baton convert from-hf makes a checkpoint of it")
+    shutil.rmtree(tmp_path / "hf")
+    assert error_of(one, "--prompt", "7", "--seed", 3).startswith("error: --seed is 3, allowed with --temperature alone")
     assert error_of(one, "--prompt", "7", "--top-p", 0) == "error: --top-p is 0, allowed: more than 0, up to 1"
     assert error_of(one, "--prompt", "7", "--top-p", 0.5).startswith("error: --top-p is 0.5, allowed with --temperature alone")
     assert error_of(one, "--state", state, "--cp", 2).startswith("error: --cp is 2, allowed with --state: 1")

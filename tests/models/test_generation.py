@@ -91,8 +91,8 @@ def test_a_state_has_one_size():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_batch_is_each_alone(name):
-    """Of different lengths, also shorter than the convolution; and of one length."""
+def test_a_batch_is_each_alone(name, poisoned):
+    """Of different lengths, also shorter than the convolution; and of one length. Nothing is read that was not written."""
     model = model_of(config_of(name))
     for lengths in ((2, 31, 9), (7, 7)):
         prompts = [prompt(length, seed) for seed, length in enumerate(lengths)]

@@ -6,8 +6,6 @@ from typing import Any, NoReturn
 
 import typer
 
-from .train import OVERRIDES
-
 app = typer.Typer(help="Measure what the machine gives.", no_args_is_help=True)
 LINKS = Path("runs/links.yaml")
 
@@ -113,7 +111,7 @@ def train(
 @app.command()
 def generate(
     config: str = typer.Argument("jamba_tiny", help="A YAML file, or the name of a preset: its model, with random weights."),
-    overrides: list[str] = OVERRIDES,
+    overrides: list[str] = typer.Argument([], help="Values in place of the file's: dotted.key=value, such as model.d_model=256."),
     tokens: str = typer.Option("", help="Lengths of prompts, 1024,4096,16384,65536 unless given."),
     max_new: int = typer.Option(32, min=2, help="Tokens after each prompt."),
     chunk: int = typer.Option(8192, min=1, max=2**31, help="Tokens of a prompt that are in work at a time."),

@@ -42,7 +42,7 @@ def run_generation(request: Request, environment: Environment) -> None:
     with _enough_memory(request.max_new):
         states, prompts, seconds = _read_all(model, prompts, request, mesh, environment.device)
         if mesh.rank("cp") > 0:
-            _wait_for_the_tell_the_others()
+            _wait_for_the_end()
             return
         room = max(int(state.lengths) for state in states) + request.max_new
         state = states[0] if len(states) == 1 else join(states, room)
@@ -143,7 +143,7 @@ def _write_continuations(
     return written
 
 
-def _wait_for_the_tell_the_others() -> None:
+def _wait_for_the_end() -> None:
     """Of a rank that has nothing more to do; no collective, which would give up after its timeout."""
     store = dist.distributed_c10d._get_default_store()
     while not store.check([ENDED]):
@@ -151,5 +151,5 @@ def _wait_for_the_tell_the_others() -> None:
 
 
 def _tell_the_others() -> None:
-    """Tells those that wait."""
+    """Those that wait, that nothing more comes."""
     dist.distributed_c10d._get_default_store().set(ENDED, "")

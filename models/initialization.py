@@ -14,26 +14,31 @@ Initializers = dict[str, Initializer]
 RESIDUAL = ("out_proj", "o_proj", "down_proj")
 
 
-def zeros(tensor: Tensor, generator: torch.Generator) -> None:
+def zeros(tensor: Tensor, generator: torch.Generator | None = None) -> None:
     """All 0."""
     tensor.zero_()
 
 
-def ones(tensor: Tensor, generator: torch.Generator) -> None:
+def ones(tensor: Tensor, generator: torch.Generator | None = None) -> None:
     """All 1."""
     tensor.fill_(1.0)
 
 
-def uniform_fan_in(tensor: Tensor, generator: torch.Generator) -> None:
+def uniform_fan_in(tensor: Tensor, generator: torch.Generator | None = None) -> None:
     """Uniform within 1/sqrt(taps), torch's own for a depthwise convolution [c, taps]."""
     bound = tensor.shape[-1] ** -0.5
     tensor.uniform_(-bound, bound, generator=generator)
 
 
-def inverse_softplus_dt(dt_bias: Tensor, generator: torch.Generator) -> None:
+def inverse_softplus_dt(dt_bias: Tensor, generator: torch.Generator | None = None) -> None:
     """softplus(dt_bias) log-uniform in [1e-3, 0.1], as Mamba begins."""
     dt = dt_bias.uniform_(math.log(1e-3), math.log(0.1), generator=generator).exp_()
     dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
+def log_uniform_decay(A_log: Tensor, generator: torch.Generator | None = None) -> None:
+    """log A with A uniform in [1, 16], as Mamba-2 begins."""
+    A_log.uniform_(1.0, 16.0, generator=generator).log_()
 
 
 def initialize(model: nn.Module, prefix: str, seed: int, std: float, residual_adds: int, same: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 """The tokens just before each segment, which a short causal convolution needs: point to point, with the gradient's way back."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,11 @@ class SequenceHalo:
         """The last tokens of each segment here, [b, m, w, c], set out; computation goes on until `Halo.wait`."""
         travelling = _Travelling(self, tails.shape)
         return Halo(_Start.apply(tails, travelling), travelling)
+
+    def start_last(self, inputs: Sequence[Tensor], reach: int) -> "Halo":
+        """As `start`, of the last `reach` tokens of each segment of the inputs [b, l, c], side by side."""
+        tails = [t.unflatten(1, (self.segments, -1))[:, :, -reach:] for t in inputs]
+        return self.start(torch.cat(tails, -1))
 
     def pass_on(self, tensors: Tensor, step: int) -> Passing:
         """Segment i's tensor [b, m, ...] goes to segment i + step."""

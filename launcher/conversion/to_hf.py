@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from ...configs.errors import UserError
+from ...models.foreign import is_exact
 from ...models.hf import write_checkpoint
 from ...models.hf.families import FAMILIES
 from ...models.hf.files import CONFIG, read_json
-from ...models.hf.tensors import is_exact
 from ..checkpoints.contents import Contents, read_contents
 from ..checkpoints.manifest import ORIGINAL, find_checkpoint
 from ..checkpoints.model import read_model

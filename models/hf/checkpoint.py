@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ...configs.errors import UserError
 from ...configs.schema import ModelConfig
+from ..foreign import ForeignTensor, is_exact, our_tensors
 from .families import read_config, write_config
 from .files import CONFIG, SHARD_BYTES, Described, TensorFiles, new_folder, read_json, write_folder
-from .tensors import HEAD, HFTensor, hf_tensors, is_exact, our_tensors, usual_name
+from .tensors import HEAD, hf_tensors, usual_name
 
 SEVERAL = 3
 """Names that a message lists."""
@@ -39,14 +40,12 @@ class HFCheckpoint:
         """One of our tensors, put together from theirs, in their dtype; fp32 where `is_exact`. Raises UserError."""
         out = torch.empty(self.ours[name].shape, dtype=self.dtypes[name])
         for theirs in self._sources(name):
-            whole = self.files.read(theirs.name)
-            sizes = [part.take(self.ours[part.ours]).shape[theirs.dim] for part in theirs.parts]
-            for part, piece in zip(theirs.parts, whole.split(sizes, theirs.dim), strict=True):
+            for part, piece in theirs.split(self.files.read(theirs.name), self.ours):
                 if part.ours == name:
                     part.put(out, piece)
         return out
 
-    def _sources(self, name: str) -> list[HFTensor]:
+    def _sources(self, name: str) -> list[ForeignTensor]:
         return [theirs for theirs in self.theirs if any(part.ours == name for part in theirs.parts)]
 
     def _dtype(self, name: str) -> torch.dtype:
@@ -115,7 +114,7 @@ class _Latest:
         self.read = read
         self.held: dict[str, Tensor] = {}
 
-    def of(self, theirs: HFTensor) -> dict[str, Tensor]:
+    def of(self, theirs: ForeignTensor) -> dict[str, Tensor]:
         names = [part.ours for part in theirs.parts]
         self.held = {name: tensor for name, tensor in self.held.items() if name in names}
         for name in names:

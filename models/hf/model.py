@@ -12,10 +12,11 @@ from ...configs.errors import UserError
 from ...configs.schema import ModelConfig
 from ...kernels.cross_entropy import IGNORED
 from ...kernels.documents import Documents, pack_documents
+from ..foreign import is_exact, our_tensors
 from ..hybrid import HybridModel, Losses
 from .checkpoint import HFCheckpoint, write_checkpoint
 from .files import DTYPES
-from .tensors import hf_tensors, is_exact, our_tensors
+from .tensors import hf_tensors
 
 Boundaries = Sequence[int] | Sequence[Sequence[int]] | Tensor
 

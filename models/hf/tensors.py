@@ -3,64 +3,14 @@
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from ...configs.schema import ModelConfig
-from ..hybrid import TIED, HybridModel
-
-View = Callable[[Tensor], Tensor]
+from ..foreign import ForeignTensor, Part, channels, rows_of, whole
 
 
-class Part(NamedTuple):
-    """A part of one of our tensors, as it lies in one of theirs."""
-
-    ours: str
-    view: View = lambda tensor: tensor
-    """Of our tensor, in the order of their numbers."""
-    rows: bool = False
-    """Whether the view's first two dims are one dim there."""
-
-    def take(self, tensor: Tensor) -> Tensor:
-        """Our tensor -> the part as it lies there."""
-        view = self.view(tensor)
-        return view.flatten(0, 1) if self.rows else view
-
-    def put(self, tensor: Tensor, part: Tensor) -> None:
-        """The reverse, in place."""
-        view = self.view(tensor)
-        view.copy_(part.reshape(view.shape))
-
-
-class HFTensor(NamedTuple):
-    """One tensor of a checkpoint there: its parts, one after another along a dim."""
-
-    name: str
-    parts: tuple[Part, ...]
-    dim: int = 0
-
-    def join(self, tensors: dict[str, Tensor]) -> Tensor:
-        """Our tensors by name -> theirs, in memory of its own."""
-        return torch.cat([part.take(tensors[part.ours]) for part in self.parts], self.dim)
-
-
-def our_tensors(model: ModelConfig) -> dict[str, Tensor]:
-    """Parameters and buffers of the whole model by name, without numbers, in its order."""
-    with torch.device("meta"):
-        built = HybridModel(model)
-    return {name: tensor.detach() for name, tensor in built.state_dict().items() if not (model.tied_embeddings and name in TIED)}
-
-
-def is_exact(name: str) -> bool:
-    """Whether one of our tensors is in fp32 whatever the others are: A_log, D and dt_bias, which bf16 would round by 0.7% in A, and
-    the biases of experts."""
-    return ".ssm." in name or name.endswith("feed_forward.bias")
-
-
-def hf_tensors(model: ModelConfig, model_type: str) -> list[HFTensor]:
+def hf_tensors(model: ModelConfig, model_type: str) -> list[ForeignTensor]:
     """All tensors of a checkpoint there, in the order in which ours come."""
     names = NAMES[model_type]
-    found = [HFTensor(names.embedding, (Part("embedding.weight"),))]
+    found = [ForeignTensor(names.embedding, (Part("embedding.weight"),))]
     block = 0
     for number, kinds in enumerate(model.layers):
         for place, kind in (("mixer", kinds.mixer), ("feed_forward", kinds.feed_forward)):
@@ -68,17 +18,17 @@ def hf_tensors(model: ModelConfig, model_type: str) -> list[HFTensor]:
                 continue
             prefix, ours = names.layer(block if names.blocks else number), f"layers.{number}"
             norm = names.norms[place == "feed_forward"]
-            found.append(HFTensor(f"{prefix}.{norm}", (Part(f"{ours}.{place}_norm.weight"),)))
+            found.append(ForeignTensor(f"{prefix}.{norm}", (Part(f"{ours}.{place}_norm.weight"),)))
             found += names.parts[kind](model, f"{prefix}.", f"{ours}.{place}")
             block += 1
-    found.append(HFTensor(names.norm, (Part("head.norm.weight"),)))
+    found.append(ForeignTensor(names.norm, (Part("head.norm.weight"),)))
     if not model.tied_embeddings:
-        found.append(HFTensor(HEAD, (Part("head.projection.weight"),)))
+        found.append(ForeignTensor(HEAD, (Part("head.projection.weight"),)))
     return found
 
 
 HEAD = "lm_head.weight"
-Maker = Callable[[ModelConfig, str, str], list[HFTensor]]
+Maker = Callable[[ModelConfig, str, str], list[ForeignTensor]]
 """Of a model, the prefix of names there and ours: the tensors of a mixer or a feed-forward."""
 
 
@@ -98,97 +48,82 @@ class Names(NamedTuple):
         return f"{self.layers}.{number}"
 
 
-def _whole(there: str, ours: str, **names: str) -> list[HFTensor]:
-    """Tensors that are alike on both sides: by our name, with __ for a point, theirs."""
-    return [HFTensor(f"{there}{name}", (Part(f"{ours}.{key.replace('__', '.')}"),)) for key, name in names.items()]
-
-
-def _rows_of(groups: int, which: int) -> View:
-    """B or C of our rows, which lie group by group."""
-    return lambda tensor: tensor.unflatten(0, (groups, 2, -1))[:, which]
-
-
-def _channels(view: View = lambda tensor: tensor) -> View:
-    """Of a convolution's weight, which there has a dim of 1."""
-    return lambda tensor: view(tensor).unsqueeze(-2)
-
-
 def _ssd(within: str) -> Maker:
-    def make(model: ModelConfig, there: str, ours: str) -> list[HFTensor]:
+    def make(model: ModelConfig, there: str, ours: str) -> list[ForeignTensor]:
         groups, at = model.mamba2.groups, f"{there}{within}"
-        B, C = (_rows_of(groups, which) for which in (0, 1))
+        B, C = (rows_of(groups, which) for which in (0, 1))
         projected = [Part(f"{ours}.{name}_proj.weight") for name in ("z", "x", "dt")]
         shared = [Part(f"{ours}.bc_proj.weight", view, True) for view in (B, C)]
-        weights = [Part(f"{ours}.conv.bc_weight", _channels(view), True) for view in (B, C)]
+        weights = [Part(f"{ours}.conv.bc_weight", channels(view), True) for view in (B, C)]
         biases = [Part(f"{ours}.conv.bc_bias", view, True) for view in (B, C)]
         return [
-            HFTensor(f"{at}in_proj.weight", (*projected[:2], *shared, projected[2])),
-            HFTensor(f"{at}conv1d.weight", (Part(f"{ours}.conv.x_weight", _channels()), *weights)),
-            HFTensor(f"{at}conv1d.bias", (Part(f"{ours}.conv.x_bias"), *biases)),
-            *_whole(at, ours, ssm__A_log="A_log", ssm__D="D", ssm__dt_bias="dt_bias"),
-            *_whole(at, ours, norm__weight="norm.weight", out_proj__weight="out_proj.weight"),
+            ForeignTensor(f"{at}in_proj.weight", (*projected[:2], *shared, projected[2])),
+            ForeignTensor(f"{at}conv1d.weight", (Part(f"{ours}.conv.x_weight", channels()), *weights)),
+            ForeignTensor(f"{at}conv1d.bias", (Part(f"{ours}.conv.x_bias"), *biases)),
+            *whole(at, ours, ssm__A_log="A_log", ssm__D="D", ssm__dt_bias="dt_bias"),
+            *whole(at, ours, norm__weight="norm.weight", out_proj__weight="out_proj.weight"),
         ]
 
     return make
 
 
-def _mamba(model: ModelConfig, there: str, ours: str) -> list[HFTensor]:
+def _mamba(model: ModelConfig, there: str, ours: str) -> list[ForeignTensor]:
     at = f"{there}mamba."
     return [
-        HFTensor(f"{at}in_proj.weight", (Part(f"{ours}.x_proj.weight"), Part(f"{ours}.z_proj.weight"))),
-        HFTensor(f"{at}conv1d.weight", (Part(f"{ours}.conv.x_weight", _channels()),)),
-        *_whole(at, ours, conv__x_bias="conv1d.bias", select__dtbc_proj__weight="x_proj.weight"),
-        *_whole(at, f"{ours}.select", dt_norm__weight="dt_layernorm.weight", b_norm__weight="b_layernorm.weight"),
-        *_whole(at, f"{ours}.select", c_norm__weight="c_layernorm.weight", dt_proj__weight="dt_proj.weight"),
-        *_whole(at, ours, ssm__A_log="A_log", ssm__D="D", ssm__dt_bias="dt_proj.bias", out_proj__weight="out_proj.weight"),
+        ForeignTensor(f"{at}in_proj.weight", (Part(f"{ours}.x_proj.weight"), Part(f"{ours}.z_proj.weight"))),
+        ForeignTensor(f"{at}conv1d.weight", (Part(f"{ours}.conv.x_weight", channels()),)),
+        *whole(at, ours, conv__x_bias="conv1d.bias", select__dtbc_proj__weight="x_proj.weight"),
+        *whole(at, f"{ours}.select", dt_norm__weight="dt_layernorm.weight", b_norm__weight="b_layernorm.weight"),
+        *whole(at, f"{ours}.select", c_norm__weight="c_layernorm.weight", dt_proj__weight="dt_proj.weight"),
+        *whole(at, ours, ssm__A_log="A_log", ssm__D="D", ssm__dt_bias="dt_proj.bias", out_proj__weight="out_proj.weight"),
     ]
 
 
 def _attention(within: str) -> Maker:
     names = {f"{name}_proj__weight": f"{within}{name}_proj.weight" for name in "qkvo"}
-    return lambda model, there, ours: _whole(there, ours, **names)
+    return lambda model, there, ours: whole(there, ours, **names)
 
 
 def _mlp(within: str, gated: bool = True) -> Maker:
     names = {f"{name}_proj__weight": f"{within}{name}_proj.weight" for name in (["gate"] * gated + ["up", "down"])}
-    return lambda model, there, ours: _whole(there, ours, **names)
+    return lambda model, there, ours: whole(there, ours, **names)
 
 
-def _fused_mlp(there: str, ours: str) -> list[HFTensor]:
+def _fused_mlp(there: str, ours: str) -> list[ForeignTensor]:
     """Granite's: gate and up in one."""
     fused = Part(f"{ours}.gate_proj.weight"), Part(f"{ours}.up_proj.weight")
-    return [HFTensor(f"{there}shared_mlp.input_linear.weight", fused)] + _whole(
+    return [ForeignTensor(f"{there}shared_mlp.input_linear.weight", fused)] + whole(
         there, ours, down_proj__weight="shared_mlp.output_linear.weight"
     )
 
 
-def _experts(model: ModelConfig, there: str, ours: str, names: tuple[str, ...]) -> Iterator[HFTensor]:
+def _experts(model: ModelConfig, there: str, ours: str, names: tuple[str, ...]) -> Iterator[ForeignTensor]:
     """One tensor an expert."""
     for name in names:
         for e in range(model.moe.experts):
             view = Part(f"{ours}.experts.stacked.{name}_proj", lambda tensor, e=e: tensor[e])  # type: ignore[misc]
-            yield HFTensor(f"{there}experts.{e}.{name}_proj.weight", (view,))
+            yield ForeignTensor(f"{there}experts.{e}.{name}_proj.weight", (view,))
 
 
-def _jamba_moe(model: ModelConfig, there: str, ours: str) -> list[HFTensor]:
+def _jamba_moe(model: ModelConfig, there: str, ours: str) -> list[ForeignTensor]:
     at = f"{there}feed_forward."
-    return _whole(at, ours, router__weight="router.weight") + [*_experts(model, at, ours, ("gate", "up", "down"))]
+    return whole(at, ours, router__weight="router.weight") + [*_experts(model, at, ours, ("gate", "up", "down"))]
 
 
-def _granite_moe(model: ModelConfig, there: str, ours: str) -> list[HFTensor]:
+def _granite_moe(model: ModelConfig, there: str, ours: str) -> list[ForeignTensor]:
     at, stacked = f"{there}block_sparse_moe.", f"{ours}.experts.stacked"
     return [
-        *_whole(at, ours, router__weight="router.layer.weight"),
-        HFTensor(f"{at}input_linear.weight", (Part(f"{stacked}.gate_proj"), Part(f"{stacked}.up_proj")), 1),
-        *_whole(at, stacked, down_proj="output_linear.weight"),
+        *whole(at, ours, router__weight="router.layer.weight"),
+        ForeignTensor(f"{at}input_linear.weight", (Part(f"{stacked}.gate_proj"), Part(f"{stacked}.up_proj")), 1),
+        *whole(at, stacked, down_proj="output_linear.weight"),
         *_fused_mlp(there, f"{ours}.experts.shared"),
     ]
 
 
-def _nemotron_moe(model: ModelConfig, there: str, ours: str) -> list[HFTensor]:
+def _nemotron_moe(model: ModelConfig, there: str, ours: str) -> list[ForeignTensor]:
     at = f"{there}mixer."
     return [
-        *_whole(at, ours, router__weight="gate.weight", bias="gate.e_score_correction_bias"),
+        *whole(at, ours, router__weight="gate.weight", bias="gate.e_score_correction_bias"),
         *_experts(model, at, ours, ("up", "down")),
         *_mlp("shared_experts.", False)(model, at, f"{ours}.experts.shared"),
     ]

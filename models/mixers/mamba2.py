@@ -14,7 +14,7 @@ from ...kernels.documents import Documents
 from ...kernels.scan import LocalScan, Scan
 from ...kernels.ssd import SSDInFlight, start_ssd
 from ...kernels.steps import positive_steps
-from ..initialization import Initializers, inverse_softplus_dt, ones
+from ..initialization import Initializers, inverse_softplus_dt, log_uniform_decay, ones
 from ..norm import GatedGroupRMSNorm
 from ..sharding import COLUMNS, ROWS, Sharding, SplitGroups
 from .short_conv import ShortConv
@@ -71,17 +71,12 @@ class Mamba2(nn.Module):
         return self.out_proj(self.norm(y.flatten(2), z))
 
 
-def _log_uniform_decay(A_log: Tensor, generator: torch.Generator) -> None:
-    """log A with A uniform in [1, 16]."""
-    A_log.uniform_(1.0, 16.0, generator=generator).log_()
-
-
 class StateSpace(nn.Module):
     """The SSD scan and its own parameters, which stay in fp32 whatever the rest computes in."""
 
     fp32: ClassVar[bool] = True
     sharding: ClassVar[Sharding] = {"A_log": ROWS, "D": ROWS, "dt_bias": ROWS}
-    initializers: ClassVar[Initializers] = {"A_log": _log_uniform_decay, "D": ones, "dt_bias": inverse_softplus_dt}
+    initializers: ClassVar[Initializers] = {"A_log": log_uniform_decay, "D": ones, "dt_bias": inverse_softplus_dt}
 
     def __init__(self, heads: int, sizes: Mamba2Config) -> None:
         super().__init__()

@@ -31,10 +31,7 @@ class ShortConv(nn.Module):
 
     def start_halo(self, *inputs: Tensor) -> Halo | None:
         """Sends the last tokens of each segment on to the next; None where the whole sequence is here."""
-        if self.halo is None:
-            return None
-        tails = [t.unflatten(1, (self.halo.segments, -1))[:, :, -self.reach :] for t in inputs]
-        return self.halo.start(torch.cat(tails, -1))
+        return None if self.halo is None else self.halo.start_last(inputs, self.reach)
 
     def forward(
         self, *inputs: Tensor, halo: Tensor | None, documents: Documents | None, state: RecurrentState | None = None

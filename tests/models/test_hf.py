@@ -15,9 +15,10 @@ from models.hf_peers import PEERS, build, config_of, disk_gradients, read, save,
 from baton.configs.errors import UserError  # noqa: E402
 from baton.configs.loading import load_config  # noqa: E402
 from baton.launcher.conversion.from_hf import convert_from_hf  # noqa: E402
+from baton.models.foreign import is_exact  # noqa: E402
 from baton.models.hf import HFCheckpoint, load_hf, save_hf, write_checkpoint  # noqa: E402
 from baton.models.hf.families import read_config, write_config  # noqa: E402
-from baton.models.hf.tensors import hf_tensors, is_exact  # noqa: E402
+from baton.models.hf.tensors import hf_tensors  # noqa: E402
 from baton.models.hybrid import build_model  # noqa: E402
 from helpers import relative_error, tiny_config  # noqa: E402
 

@@ -1,0 +1,64 @@
+"""What Megatron's cp group is to the operations of `parallel`: a layout, and a group beside it for states that travel."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ...kernels.documents import Documents, pack_documents
+from ...parallel.layout import Layout
+
+_made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
+"""Groups by what they are for and the ranks in them, in the default group."""
+
+
+def cp_layout(group: dist.ProcessGroup) -> Layout:
+    """Megatron's: `get_batch_on_this_cp_rank` gives rank r the chunks r and 2R - 1 - r of a sequence."""
+    return Layout("zigzag" if group.size() > 1 else "contiguous", group.size())
+
+
+def state_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A second group of the ranks of `group`, for exchanges that run beside the computation.
+
+    Collectives of two threads, or streams, on one group would meet the wrong partners.
+    """
+    return _make("states", dist.get_process_group_ranks(group))
+
+
+def group_of_neighbours(group: dist.ProcessGroup, size: int) -> dist.ProcessGroup:
+    """This rank's run of `size` ranks of a group; where that is all of it, the group."""
+    ranks = dist.get_process_group_ranks(group)
+    if size == len(ranks):
+        return group
+    first = dist.get_rank(group) // size * size
+    return _make("neighbours", ranks[first : first + size])
+
+
+def _make(purpose: str, ranks: list[int]) -> dist.ProcessGroup:
+    """The ranks in it alone must call it, the first time: other stages of a pipeline may have no layer that needs one."""
+    key = purpose, tuple(ranks)
+    if _made.get(key) not in dist.distributed_c10d._world.pg_map:
+        _made[key] = dist.new_group(ranks, use_local_synchronization=True, group_desc=purpose)
+    return _made[key]
+
+
+def read_documents(packed: Any, length: int, layout: Layout, device: torch.device) -> Documents | None:
+    """Of Megatron's `PackedSeqParams`, for the [1, length] tokens of a rank; None for None. Raises ValueError over cp.
+
+    Tokens after the last boundary are padding, a document of their own, as Megatron takes them. What was read is kept beside the
+    boundaries: reading them, the host waits.
+    """
+    if packed is None:
+        return None
+    if layout.ranks > 1:
+        raise ValueError(
+            f"packed sequences (thd) over context parallel {layout.ranks}: Megatron cuts each document by itself, which this spec "
+            "does not take; allowed: context_parallel_size 1, or sequences that are not packed"
+        )
+    known = getattr(packed, "_baton_documents", None)
+    if known is None:
+        boundaries = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+        # A boundary may be there twice: Megatron fills such lists up.
+        row = sorted({0, *boundaries.tolist(), length})
+        known = packed._baton_documents = pack_documents([row], torch.arange(length, device=device))
+    return known

@@ -1,0 +1,80 @@
+"""megatron-core on a CPU: for a while, what it asks of CUDA is answered by the CPU. A help for tests, never part of the package."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+class _OnCPU(torch.overrides.TorchFunctionMode):
+    """`device="cuda"`, `.cuda()` and `.to("cuda")` mean the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        # There is none to pin it for.
+        kwargs.pop("pin_memory", None)
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to:
+            args = tuple(CPU if _is_cuda(arg) else arg for arg in args)
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _Stream:
+    """Of work that is done when it is queued."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: self
+
+
+@contextlib.contextmanager
+def megatron_on_cpu() -> Iterator[None]:
+    """Within it megatron-core builds and trains on tensors of the CPU; afterwards all is as it was."""
+    # Its decorator compiles, and is bound when its modules are imported.
+    torch._dynamo.config.disable = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import megatron.core.tensor_parallel.random as random
+        import megatron.core.transformer.moe.token_dispatcher as dispatcher
+    answers = {
+        "current_device": lambda: CPU,
+        "synchronize": lambda *args: None,
+        "manual_seed": torch.default_generator.manual_seed,
+        "get_rng_state": lambda *args: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args: torch.set_rng_state(state),
+        "Stream": _Stream,
+        "Event": _Stream,
+        "current_stream": _Stream,
+        "default_stream": _Stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        rng = {
+            "_get_cuda_rng_state": answers["get_rng_state"],
+            "_set_cuda_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
+        }
+        for name, answer in rng.items():
+            stack.enter_context(mock.patch.object(random, name, lambda *a, answer=answer, **k: answer(*a[:1])))
+        # Tensors that are on the host already stay tensors there, which all_to_all_single does not take as sizes.
+        on_host = lambda t, as_numpy=False, record_stream=False: t.numpy() if as_numpy and torch.is_tensor(t) else t  # noqa: E731
+        stack.enter_context(mock.patch.object(dispatcher, "maybe_move_tensor_to_cpu", on_host))
+        stack.enter_context(_OnCPU())
+        yield

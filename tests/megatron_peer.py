@@ -1,0 +1,166 @@
+"""Megatron's `MambaModel` with our spec or its own, filled with our weights, stepped by Megatron's schedule on a CPU."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from baton.configs.schema import ModelConfig
+from baton.models.hybrid import HybridModel, MicroStep, build_model
+from baton.models.megatron_config import megatron_config
+from baton.models.megatron_tensors import megatron_tensors
+from baton.parallel.layout import Layout
+
+
+class Found(NamedTuple):
+    """What a rank has after one step."""
+
+    loss: Tensor | None
+    """Cross entropy summed over this rank's tokens, where the pipeline ends."""
+    gradients: dict[str, list[tuple[tuple[int, ...], Tensor]]]
+    """By the names of a checkpoint: where a piece begins in the whole tensor, and its numbers."""
+
+
+def scrambled(model: ModelConfig, dtype: torch.dtype = torch.float32) -> HybridModel:
+    """Ours, all numbers at random: norms of 1 and biases of 0 would hide what is missing."""
+    built = build_model(model, 0, dtype)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return built
+
+
+def expected(model: ModelConfig, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of one process: cross entropy, summed, and the gradients of a micro-step a sequence, by the names of a checkpoint."""
+    ours, total = scrambled(model), torch.zeros(())
+    for row in range(len(ids)):
+        losses = ours(*MicroStep(ids[row : row + 1], labels[row : row + 1], None, None))
+        total = total + losses.cross_entropy.detach()
+        (losses.cross_entropy / labels.numel() + losses.auxiliary / len(ids)).backward()
+    gradients = {name: p.grad for name, p in ours.named_parameters()}
+    return total, in_checkpoint(model, gradients)
+
+
+def in_checkpoint(model: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors by the names, and in the shapes, of Megatron's checkpoints."""
+    return {each.name: each.join(tensors) for each in megatron_tensors(model)}
+
+
+def build(model: ModelConfig, spec: Any, **parallel: Any) -> Any:
+    """The part of `MambaModel` that this rank has, on groups that are made here."""
+    from megatron.core import parallel_state
+    from megatron.core.models.mamba.mamba_model import MambaModel
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+
+    degrees = {key: value for key, value in parallel.items() if key.endswith("_parallel_size")}
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(**degrees)
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    asked = megatron_config(model)
+    config = TransformerConfig(
+        **asked.transformer,
+        activation_func=F.silu,
+        use_cpu_initialization=True,
+        pipeline_dtype=torch.float32,
+        gradient_accumulation_fusion=False,
+        moe_token_dispatcher_type="alltoall",
+        batch_p2p_comm=False,
+        **parallel,
+    )
+    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    return MambaModel(config, spec, max_sequence_length=4096, pre_process=first, post_process=last, **asked.model)
+
+
+def pieces(module: Any, values: dict[str, Tensor] | None = None) -> Any:
+    """(name in a checkpoint, where it begins, tensor) of this rank's parameters, or of other values by their names here."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    for key, entry in module.sharded_state_dict().items():
+        if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)) or "_extra_state" in key:
+            continue
+        data = entry.data if values is None else values[key]
+        if isinstance(entry, ShardedTensorFactory):
+            built = entry.build_fn(entry.key, data, entry.replica_id, entry.flattened_range)
+            entries = [*built.values()] if isinstance(built, dict) else built
+        else:
+            entry.data = data
+            entries = [entry]
+        for each in entries:
+            yield each.key, tuple(each.global_offset), each.data.reshape(each.local_shape) if each.data is not None else None, each
+
+
+def fill(module: Any, model: ModelConfig, ours: HybridModel) -> None:
+    """Our weights into this rank's parameters, which a checkpoint's names connect."""
+    whole = in_checkpoint(model, {name: p.detach() for name, p in ours.named_parameters()})
+    missing = set(whole)
+    with torch.no_grad():
+        for key, begin, tensor, entry in pieces(module):
+            assert tuple(entry.global_shape) == tuple(whole[key].shape), (key, entry.global_shape, whole[key].shape)
+            tensor.copy_(whole[key][_place(begin, entry)].reshape(tensor.shape))
+            missing.discard(key)
+
+
+def _place(begin: tuple[int, ...], entry: Any) -> tuple[slice, ...]:
+    lengths = (1,) * entry.prepend_axis_num + tuple(entry.local_shape)
+    return tuple(slice(start, start + length) for start, length in zip(begin, lengths, strict=True))
+
+
+def step(module: Any, ids: Tensor, labels: Tensor) -> Found:
+    """Forward and backward of all sequences, a micro-step each, by Megatron's schedule, and its reductions of gradients."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    config = module.config
+    wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(), module)
+    config.finalize_model_grads_func = finalize_model_grads
+    cp = parallel_state.get_context_parallel_world_size()
+    layout, rank = Layout("zigzag" if cp > 1 else "contiguous", cp), parallel_state.get_context_parallel_rank()
+    sums = []
+
+    def forward_step(rows: Any, model: Any) -> Any:
+        row, wanted = (layout.shard(t, rank) for t in next(rows))
+        positions = layout.positions(rank, ids.shape[1])[None]
+        losses = model(row, positions, None, labels=wanted)
+
+        def loss_func(out: Tensor) -> Any:
+            sums.append(out.detach().sum())
+            # The mean over a sequence's tokens; Megatron multiplies by cp, since its reduction is a mean over ranks.
+            return out.sum() / ids.shape[1], {}
+
+        return losses, loss_func
+
+    rows = iter([(ids[i : i + 1], labels[i : i + 1]) for i in range(len(ids))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=rows,
+            model=[wrapped],
+            num_microbatches=len(ids),
+            seq_length=ids.shape[1],
+            micro_batch_size=1,
+            forward_only=False,
+        )
+    gradients = {name.removeprefix("module."): p.main_grad for name, p in wrapped.named_parameters()}
+    found: dict[str, list[tuple[tuple[int, ...], Tensor]]] = {}
+    for key, begin, tensor, entry in pieces(module, gradients):
+        found.setdefault(key, []).append((begin, tensor.reshape((1,) * entry.prepend_axis_num + tuple(entry.local_shape)).clone()))
+    return Found(torch.stack(sums).sum() if sums else None, found)
+
+
+def joined(found: list[Found], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All ranks' pieces, each compared with the others' of the same place -> whole tensors."""
+    whole = {name: torch.full(tensor.shape, float("nan")) for name, tensor in like.items()}
+    for rank in found:
+        for name, parts in rank.gradients.items():
+            for begin, piece in parts:
+                at = tuple(slice(start, start + length) for start, length in zip(begin, piece.shape, strict=True))
+                there = whole[name][at]
+                assert there.isnan().all() or torch.allclose(there, piece, rtol=1e-4, atol=1e-6), name
+                whole[name][at] = piece
+    return whole

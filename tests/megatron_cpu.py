@@ -1,6 +1,8 @@
 """megatron-core on a CPU: for a while, what it asks of CUDA is answered by the CPU. A help for tests, never part of the package."""
 
 import contextlib
+import multiprocessing
+import queue
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -50,6 +52,7 @@ def megatron_on_cpu() -> Iterator[None]:
     torch._dynamo.config.disable = True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
         import megatron.core.tensor_parallel.random as random
         import megatron.core.transformer.moe.token_dispatcher as dispatcher
     answers = {
@@ -76,5 +79,9 @@ def megatron_on_cpu() -> Iterator[None]:
         # Tensors that are on the host already stay tensors there, which all_to_all_single does not take as sizes.
         on_host = lambda t, as_numpy=False, record_stream=False: t.numpy() if as_numpy and torch.is_tensor(t) else t  # noqa: E731
         stack.enter_context(mock.patch.object(dispatcher, "maybe_move_tensor_to_cpu", on_host))
+        # A checkpoint is written by processes, which a daemon such as a test's worker may not have; and a queue has one of its own,
+        # which would outlive the worker.
+        stack.enter_context(mock.patch.dict(multiprocessing.current_process()._config, daemon=False))
+        stack.enter_context(mock.patch.object(filesystem_async, "_results_queue", queue.Queue()))
         stack.enter_context(_OnCPU())
         yield

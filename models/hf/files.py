@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,9 +83,12 @@ def write_folder(folder: Path, table: Sequence[Described], read: Callable[[str],
 class TensorFiles:
     """The tensors of a folder, in one file or several."""
 
-    def __init__(self, folder: Path, usual: Callable[[str], str]) -> None:
-        """usual: from a name in the files, that by which it is asked for. Raises UserError, also for other dtypes than DTYPES."""
-        self.folder, self.usual = folder, usual
+    def __init__(self, folder: Path, usual: Callable[[str], str], ignored: Container[str] = ()) -> None:
+        """usual: from a name in the files, that by which it is asked for. ignored: such names, of tensors that are there twice.
+
+        Raises UserError, also for other dtypes than DTYPES.
+        """
+        self.folder, self.usual, self.ignored = folder, usual, ignored
         self.places: dict[str, tuple[Path, str]] = {}
         self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
         for file, names in self._files().items():
@@ -123,6 +126,10 @@ class TensorFiles:
                 return list(opened.keys())
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: cannot be read: {error}") from None
+
+    def names(self) -> set[str]:
+        """By which tensors are asked for."""
+        return {name for name in self.places if name not in self.ignored}
 
     def shape(self, name: str) -> tuple[torch.Size, torch.dtype]:
         """Of a tensor, without reading it."""

@@ -47,8 +47,8 @@ class Router(TopKRouter):
 def build_hybrid_stack_spec(strategy: Strategy = "auto", transport: torch.dtype | None = None) -> ModuleSpec:
     """A spec for `MambaModel`; sizes are the config's.
 
-    strategy: how the states of Mamba-2 pass over cp: auto, ring, allgather, doubling or sliced. transport: what they travel as, such
-    as torch.bfloat16; None: fp32. How attention works over cp is the config's cp_comm_type.
+    strategy: how the states of Mamba-2 pass over cp: auto, ring, allgather, doubling or sliced. transport: what they travel as,
+    such as torch.bfloat16; None: fp32. How attention works over cp is the config's cp_comm_type.
     """
     linear = {"linear_fc1": ColumnParallelLinear, "linear_fc2": RowParallelLinear}
     mixer = ModuleSpec(

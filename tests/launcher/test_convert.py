@@ -66,7 +66,8 @@ def test_in_check_and_out(jamba, tmp_path):
     assert result.exit_code == 0, result.stderr
     errors = json.loads((tmp_path / "errors.json").read_text())
     assert [each["name"] for each in errors] == ["logits", "loss", "aux_loss", "92 gradients"]
-    assert all(each["error"] <= 1e-5 for each in errors)
+    # Gradients by the command's own limit: two programs in fp32 round differently, on some CPUs by 1.1e-5.
+    assert all(each["error"] <= (1e-4 if "gradients" in each["name"] else 1e-5) for each in errors)
     assert run("to-hf", tmp_path / "in", tmp_path / "out").exit_code == 0
     before, after = read(jamba), read(tmp_path / "out")
     assert before.keys() == after.keys()

@@ -80,3 +80,12 @@ PARTS: dict[str, tuple[str, Maker]] = {
     "moe": ("pre_mlp_layernorm.weight", _moe),
 }
 """Of a mixer or feed-forward: the name of the norm before it, and the rest."""
+
+
+def megatron_objects(model: ModelConfig) -> dict[str, list[None]]:
+    """What else Megatron looks for in a checkpoint: what its linear layers keep beside their weights, which is nothing."""
+    names = [each.name.partition(".weight")[0] for each in megatron_tensors(model)] + [HEAD.removesuffix(".weight")]
+    ends = ("proj", "linear_qkv", "linear_fc1", "linear_fc2", "output_layer")
+    linear = [name for name in dict.fromkeys(names) if name.endswith(ends)]
+    counts = {name: model.moe.experts if ".experts.experts." in name else 1 for name in linear}
+    return {f"{name}._extra_state/shard_{shard}_{count}": [None] for name, count in counts.items() for shard in range(count)}

@@ -2,8 +2,10 @@
 
 As a script it prints the table of docs/megatron.md:
 
-python -P tests/megatron_bytes.py
+    PYTHONPATH=tests python -P tests/megatron_bytes.py
 """
+
+import interpreter  # isort: skip  # noqa: F401  # first: before whatever imports triton
 
 import contextlib
 from collections.abc import Iterator

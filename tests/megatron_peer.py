@@ -1,6 +1,7 @@
 """Megatron's `MambaModel` with our spec or its own, filled with our weights, stepped by Megatron's schedule on a CPU."""
 
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,8 @@ class Found(NamedTuple):
 
     loss: Tensor | None
     """Cross entropy summed over this rank's tokens, where the pipeline ends."""
-    gradients: dict[str, list[tuple[tuple[int, ...], Tensor]]]
-    """By the names of a checkpoint: where a piece begins in the whole tensor, and its numbers."""
+    gradients: "list[Piece]"
+    """Of its parameters."""
 
 
 def scrambled(model: ModelConfig, dtype: torch.dtype = torch.float32) -> HybridModel:
@@ -49,8 +50,8 @@ def in_checkpoint(model: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, T
     return {each.name: each.join(tensors) for each in megatron_tensors(model)}
 
 
-def build(model: ModelConfig, spec: Any, **parallel: Any) -> Any:
-    """The part of `MambaModel` that this rank has, on groups that are made here."""
+def build(model: ModelConfig, spec: Any, vocab_size: int | None = None, **parallel: Any) -> Any:
+    """The part of `MambaModel` that this rank has, on groups that are made here; vocab_size: with rows that fill it up."""
     from megatron.core import parallel_state
     from megatron.core.models.mamba.mamba_model import MambaModel
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -72,41 +73,60 @@ def build(model: ModelConfig, spec: Any, **parallel: Any) -> Any:
         **parallel,
     )
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-    return MambaModel(config, spec, max_sequence_length=4096, pre_process=first, post_process=last, **asked.model)
+    options = asked.model | {"vocab_size": vocab_size or model.vocab_size, "pre_process": first, "post_process": last}
+    return MambaModel(config, spec, max_sequence_length=4096, **options)
 
 
-def pieces(module: Any, values: dict[str, Tensor] | None = None) -> Any:
-    """(name in a checkpoint, where it begins, tensor) of this rank's parameters, or of other values by their names here."""
+class Piece(NamedTuple):
+    """A part of a checkpoint's tensor, on this rank."""
+
+    name: str
+    place: tuple[slice, ...]
+    """In the whole tensor."""
+    numbers: Tensor
+    """In the shape of the place; the parameter itself where a checkpoint has it as it is."""
+
+
+def pieces(module: Any, values: dict[str, Tensor] | None = None) -> Iterator[Piece]:
+    """Of this rank's parameters and buffers, or of other values by their names here."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
     for key, entry in module.sharded_state_dict().items():
-        if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)) or "_extra_state" in key:
+        if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
+            continue
+        if values is not None and key not in values:
             continue
         data = entry.data if values is None else values[key]
         if isinstance(entry, ShardedTensorFactory):
             built = entry.build_fn(entry.key, data, entry.replica_id, entry.flattened_range)
-            entries = [*built.values()] if isinstance(built, dict) else built
+            parts = [(each, each.data) for each in (built.values() if isinstance(built, dict) else built)]
         else:
-            entry.data = data
-            entries = [entry]
-        for each in entries:
-            yield each.key, tuple(each.global_offset), each.data.reshape(each.local_shape) if each.data is not None else None, each
+            parts = [(entry, data)]
+        for part, numbers in parts:
+            shape = (1,) * part.prepend_axis_num + tuple(part.local_shape)
+            place = tuple(slice(start, start + length) for start, length in zip(part.global_offset, shape, strict=True))
+            yield Piece(part.key, place, numbers.reshape(shape))
+
+
+def ours_whole(model: ModelConfig, ours: HybridModel) -> dict[str, Tensor]:
+    """All of our numbers as a checkpoint of Megatron's has them."""
+    return in_checkpoint(model, {name: tensor.detach() for name, tensor in ours.state_dict().items()})
 
 
 def fill(module: Any, model: ModelConfig, ours: HybridModel) -> None:
-    """Our weights into this rank's parameters, which a checkpoint's names connect."""
-    whole = in_checkpoint(model, {name: p.detach() for name, p in ours.named_parameters()})
-    missing = set(whole)
+    """Our weights into this rank's parameters, which a checkpoint's names connect; rows that fill the vocabulary up stay."""
+    whole = ours_whole(model, ours)
     with torch.no_grad():
-        for key, begin, tensor, entry in pieces(module):
-            assert tuple(entry.global_shape) == tuple(whole[key].shape), (key, entry.global_shape, whole[key].shape)
-            tensor.copy_(whole[key][_place(begin, entry)].reshape(tensor.shape))
-            missing.discard(key)
+        for piece in pieces(module):
+            values = whole[piece.name][piece.place]
+            piece.numbers[tuple(slice(length) for length in values.shape)] = values
 
 
-def _place(begin: tuple[int, ...], entry: Any) -> tuple[slice, ...]:
-    lengths = (1,) * entry.prepend_axis_num + tuple(entry.local_shape)
-    return tuple(slice(start, start + length) for start, length in zip(begin, lengths, strict=True))
+def same(module: Any, model: ModelConfig, ours: HybridModel) -> tuple[bool, int]:
+    """Whether this rank's numbers are ours; how many they are."""
+    whole = ours_whole(model, ours)
+    found = [torch.equal(piece.numbers, whole[piece.name][piece.place]) for piece in pieces(module)]
+    return all(found), sum(piece.numbers.numel() for piece in pieces(module))
 
 
 def step(module: Any, ids: Tensor, labels: Tensor) -> Found:
@@ -147,20 +167,16 @@ def step(module: Any, ids: Tensor, labels: Tensor) -> Found:
             forward_only=False,
         )
     gradients = {name.removeprefix("module."): p.main_grad for name, p in wrapped.named_parameters()}
-    found: dict[str, list[tuple[tuple[int, ...], Tensor]]] = {}
-    for key, begin, tensor, entry in pieces(module, gradients):
-        found.setdefault(key, []).append((begin, tensor.reshape((1,) * entry.prepend_axis_num + tuple(entry.local_shape)).clone()))
-    return Found(torch.stack(sums).sum() if sums else None, found)
+    parts = [piece._replace(numbers=piece.numbers.clone()) for piece in pieces(module, gradients)]
+    return Found(torch.stack(sums).sum() if sums else None, parts)
 
 
 def joined(found: list[Found], like: dict[str, Tensor]) -> dict[str, Tensor]:
     """All ranks' pieces, each compared with the others' of the same place -> whole tensors."""
     whole = {name: torch.full(tensor.shape, float("nan")) for name, tensor in like.items()}
     for rank in found:
-        for name, parts in rank.gradients.items():
-            for begin, piece in parts:
-                at = tuple(slice(start, start + length) for start, length in zip(begin, piece.shape, strict=True))
-                there = whole[name][at]
-                assert there.isnan().all() or torch.allclose(there, piece, rtol=1e-4, atol=1e-6), name
-                whole[name][at] = piece
+        for name, place, numbers in rank.gradients:
+            there = whole[name][place]
+            assert there.isnan().all() or torch.allclose(there, numbers, rtol=1e-4, atol=1e-6), name
+            whole[name][place] = numbers
     return whole

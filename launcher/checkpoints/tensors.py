@@ -5,13 +5,15 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -22,26 +24,37 @@ FILE_BYTES = 1 << 28
 """Of a file that is written here, unless a tensor alone is larger."""
 
 
+class StoredTensors:
+    """The tensors of a folder that PyTorch's distributed checkpoint has written."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        self.folder, self.metadata = folder, metadata
+        self.reader = FileSystemReader(folder)
+        self.reader.set_up_storage_reader(metadata, True)
+
+    def read(self, key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """One, put together from its pieces. Raises UserError."""
+        tensor = torch.empty(shape, dtype=dtype)
+        planner = DefaultLoadPlanner(flatten_state_dict=False)
+        planner.set_up_planner({key: tensor}, self.metadata, True)
+        try:
+            self.reader.read_data(planner.create_local_plan(), planner)
+        except (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{self.folder}: {key.removeprefix(MODEL)} cannot be read: {error}") from None
+        return tensor
+
+
 class CheckpointTensors:
     """The tensors of a checkpoint's model."""
 
     def __init__(self, contents: Contents) -> None:
-        self.contents = contents
         self.entries = {entry.name: entry for entry in contents.entries}
-        self.reader = FileSystemReader(contents.folder)
-        self.reader.set_up_storage_reader(contents.metadata, True)
+        self.stored = StoredTensors(contents.folder, contents.metadata)
 
     def read(self, name: str) -> Tensor:
-        """One, put together from its pieces. Raises UserError."""
+        """One. Raises UserError."""
         entry = self.entries[name]
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        planner = DefaultLoadPlanner(flatten_state_dict=False)
-        planner.set_up_planner({MODEL + name: tensor}, self.contents.metadata, True)
-        try:
-            self.reader.read_data(planner.create_local_plan(), planner)
-        except (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{self.contents.folder}: {name} cannot be read: {error}") from None
-        return tensor
+        return self.stored.read(MODEL + name, entry.shape, entry.dtype)
 
 
 class _Lazily(DefaultSavePlanner):
@@ -51,9 +64,11 @@ class _Lazily(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False)
         self.read = read
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
+    def resolve_data(self, write_item: WriteItem) -> Any:
         """As the writer calls it."""
-        return self.read(write_item.index.fqn.removeprefix(MODEL))
+        if write_item.type == WriteItemType.BYTE_IO:
+            return super().resolve_data(write_item)
+        return self.read(write_item.index.fqn)
 
 
 class _InFiles(FileSystemWriter):
@@ -64,8 +79,8 @@ class _InFiles(FileSystemWriter):
         lots: list[list[WriteItem]] = [[]]
         filled = 0
         for item in plan.items:
-            assert item.tensor_data is not None
-            size = item.tensor_data.size.numel() * item.tensor_data.properties.dtype.itemsize
+            data = item.tensor_data
+            size = 0 if data is None else data.size.numel() * data.properties.dtype.itemsize
             if lots[-1] and filled + size > FILE_BYTES:
                 lots.append([])
                 filled = 0
@@ -98,7 +113,11 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], read: Callable[[str]
 
     Raises what `read` does, and OSError.
     """
-    state = {MODEL + name: tensor for name, tensor in tensors.items()}
+    write_stored(folder, {MODEL + name: tensor for name, tensor in tensors.items()}, lambda key: read(key.removeprefix(MODEL)))
+
+
+def write_stored(folder: Path, state: dict[str, Any], read: Callable[[str], Tensor]) -> None:
+    """Writes what PyTorch's distributed checkpoint has by these keys: tensors as `write_tensors`, other objects as they are."""
     with warnings.catch_warnings():
         # That one process writes is what is meant.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

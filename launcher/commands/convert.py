@@ -1,12 +1,18 @@
-"""`baton convert`: Hugging Face's models in and out."""
+"""`baton convert`: models of Hugging Face's and of Megatron-LM's in and out."""
 
 from pathlib import Path
 
 import typer
 
-app = typer.Typer(help="Hugging Face's models in and out: Jamba, Mamba2, Bamba, GraniteMoeHybrid, NemotronH.", no_args_is_help=True)
+from .train import OVERRIDES
+
+app = typer.Typer(
+    help="Models in and out: Hugging Face's Jamba, Mamba2, Bamba, GraniteMoeHybrid, NemotronH; Megatron-LM's hybrids.",
+    no_args_is_help=True,
+)
 HF_DIR = typer.Argument(metavar="HF_DIR", help="A folder with config.json and safetensors.")
 CHECKPOINT = typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run's folder: its newest.")
+DTYPE = typer.Option(None, help="bf16 or fp32, but for A_log, D, dt_bias; unless given, as it is.")
 
 
 @app.callback()
@@ -36,7 +42,7 @@ def to_hf(
     model_type: str | None = typer.Option(
         None, "--type", help="jamba, mamba2, bamba, granitemoehybrid or nemotron_h; unless given, the first that computes the same."
     ),
-    dtype: str | None = typer.Option(None, help="bf16 or fp32, but for A_log, D, dt_bias; unless given, as it is."),
+    dtype: str | None = DTYPE,
 ) -> None:
     """Write a folder that transformers reads; memory: the largest tensor."""
     from ..errors import user_errors
@@ -46,6 +52,41 @@ def to_hf(
         from ..conversion.to_hf import convert_to_hf, parse_dtype, parse_type
 
         print_exported(convert_to_hf(checkpoint, out, parse_type(model_type), parse_dtype(dtype)), out)
+
+
+@app.command("from-megatron")
+def from_megatron(
+    folder: Path = typer.Argument(metavar="DIR", help="A checkpoint of --ckpt-format torch_dist, or a run's folder: its newest."),
+    out: Path = typer.Argument(metavar="OUT", help="The checkpoint to write; it must not be there."),
+    overrides: list[str] = OVERRIDES,
+    config: str = typer.Option(help="A YAML file, or the name of a preset, whose model is that of the checkpoint."),
+) -> None:
+    """Write a checkpoint that any mesh can start from, and a config for it; memory: the largest tensor and 256 MiB."""
+    from ..errors import user_errors
+
+    with user_errors():
+        from ..conversion.from_megatron import convert_from_megatron
+        from ..conversion.report import print_beginning
+
+        source = convert_from_megatron(folder, config, overrides, out)
+        print_beginning("a model of Megatron-LM's", source, out)
+
+
+@app.command("to-megatron")
+def to_megatron(
+    checkpoint: Path = CHECKPOINT,
+    out: Path = typer.Argument(metavar="OUT", help="The folder to write, for --load; it must not be there."),
+    dtype: str | None = DTYPE,
+) -> None:
+    """Write a checkpoint that Megatron-LM starts from, and print the options that its script needs for the model."""
+    from ..errors import user_errors
+
+    with user_errors():
+        from ..conversion.report import print_for_megatron
+        from ..conversion.to_hf import parse_dtype
+        from ..conversion.to_megatron import convert_to_megatron
+
+        print_for_megatron(convert_to_megatron(checkpoint, out, parse_dtype(dtype)), out)
 
 
 @app.command()

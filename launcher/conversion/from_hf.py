@@ -1,24 +1,19 @@
 """A checkpoint of Hugging Face's becomes one that any mesh begins to train from."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ... import __version__
 from ...configs.errors import UserError
 from ...configs.schema import Config
 from ...models.hf import HFCheckpoint
-from ...models.hf.files import CONFIG, new_folder
-from ..checkpoints.manifest import MANIFEST, ORIGINAL
-from ..checkpoints.tensors import write_tensors
-from ..training.token_files import tokenizer_digest
+from ...models.hf.files import CONFIG
+from ..checkpoints.manifest import ORIGINAL
 from ..training.tokenizer import load_tokenizer
-from .report import counted
+from .beginning import TOKENIZER, write_beginning
 
-TOKENIZER = "tokenizer.json"
 BESIDE = (CONFIG, TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 """Those that are carried from one to the other."""
 CONTEXT = 4096
@@ -29,14 +24,13 @@ def convert_from_hf(folder: Path, out: Path) -> HFCheckpoint:
     """Writes the checkpoint `out`, complete or not at all, with a config that trains from it. Raises UserError."""
     source = HFCheckpoint(folder)
     config = _config(source, out)
-    tensors = {name: like.to(source.dtypes[name]) for name, like in source.ours.items()}
-    with new_folder(out) as partial, counted(source.read, len(tensors)) as read:
-        write_tensors(partial, tensors, read)
+
+    def copy(partial: Path) -> None:
         copy_beside(folder, partial / ORIGINAL)
         if (folder / TOKENIZER).is_file():
             shutil.copyfile(folder / TOKENIZER, partial / TOKENIZER)
-        (partial / "config.yaml").write_text(config.to_yaml())
-        (partial / MANIFEST).write_text(json.dumps(_facts(partial), indent=1))
+
+    write_beginning(source, config, out, copy)
     return source
 
 
@@ -75,17 +69,3 @@ def _end(source: HFCheckpoint) -> str:
     if token is None:
         raise UserError(f"{source.folder / CONFIG}: eos_token_id is {number!r}, allowed: a token of {TOKENIZER}")
     return token
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    """A manifest; the run has not begun."""
-    return {
-        "step": 0,
-        "consumed": 0,
-        "world": 1,
-        "tokenizer": tokenizer_digest(folder) if (folder / TOKENIZER).exists() else None,
-        "data": {},
-        "baton": __version__,
-        "torch": torch.__version__,
-        "files": {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()},
-    }

@@ -10,7 +10,10 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from ...configs.pattern import CUT
+from ...models.foreign import ForeignCheckpoint
 from ...models.hf import HFCheckpoint
+from ...models.megatron_config import MegatronConfig
 from ..training.description import count_parameters
 
 console = Console(highlight=False, soft_wrap=True)
@@ -50,15 +53,31 @@ def _held_signals() -> Iterator[Callable[[], None]]:
 
 
 def print_imported(source: HFCheckpoint, out: Path) -> None:
-    """What was imported, and how to train it."""
+    """What was imported of Hugging Face's, and how to check and train it."""
+    print_beginning(source.model_type, source, out, f"  check it: baton convert check {source.folder} {out}")
+
+
+def print_beginning(kind: str, source: ForeignCheckpoint, out: Path, *hints: str) -> None:
+    """What was imported, further lines, and how to train it."""
     model = source.model
     dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in source.dtypes.values()}))
     count = count_parameters(model)
     size = f"{count / 1e9:.3f} B" if count >= 1e8 else f"{count:,}"
-    console.print(f"{source.model_type} of {size} parameters ({dtypes}) -> {out}", markup=False)
-    console.print(f"  {len(source.theirs)} tensors there, {len(source.ours)} here; pattern {model.pattern}", markup=False)
-    console.print(f"  check it: baton convert check {source.folder} {out}", markup=False)
+    console.print(f"{kind} of {size} parameters ({dtypes}) -> {out}", markup=False)
+    pattern = (model.pattern * model.repeat).replace(CUT, "")
+    console.print(f"  {len(source.theirs)} tensors there, {len(source.ours)} here; pattern {pattern}", markup=False)
+    for hint in hints:
+        console.print(hint, markup=False)
     console.print(f"  train it: baton train {out}/config.yaml --input FOLDER data.context=N parallel.cp=N", markup=False)
+
+
+def print_for_megatron(config: MegatronConfig, out: Path) -> None:
+    """What was exported, and what Megatron-LM has to be told of it."""
+    console.print(f"a checkpoint for Megatron-LM -> {out}", markup=False)
+    console.print("  options of its training script, beside those of data, mesh and optimizer:", markup=False)
+    load = [f"--load {out}", "--finetune --no-load-optim --no-load-rng --ckpt-format torch_dist"]
+    for option in config.options + load:
+        console.print(f"    {option}", markup=False)
 
 
 def print_exported(model_type: str, out: Path) -> None:

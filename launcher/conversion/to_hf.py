@@ -14,7 +14,8 @@ from ..checkpoints.contents import Contents, read_contents
 from ..checkpoints.manifest import ORIGINAL, find_checkpoint
 from ..checkpoints.model import read_model
 from ..checkpoints.tensors import CheckpointTensors
-from .from_hf import TOKENIZER, copy_beside
+from .beginning import TOKENIZER
+from .from_hf import copy_beside
 from .report import counted
 
 

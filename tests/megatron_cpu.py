@@ -26,7 +26,9 @@ class _OnCPU(torch.overrides.TorchFunctionMode):
             return args[0]
         if func is torch.Tensor.to:
             args = tuple(CPU if _is_cuda(arg) else arg for arg in args)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        # Its optimizer asserts that gradients are "torch.cuda.FloatTensor".
+        return result.replace("torch.", "torch.cuda.") if func is torch.Tensor.type and isinstance(result, str) else result
 
 
 def _is_cuda(device: Any) -> bool:

@@ -14,6 +14,9 @@ from baton.models.megatron_config import megatron_config
 from baton.models.megatron_tensors import megatron_tensors
 from baton.parallel.layout import Layout
 
+LR, CLIP = 0.1, 0.5
+"""Of the step that follows."""
+
 
 class Found(NamedTuple):
     """What a rank has after one step."""
@@ -22,6 +25,10 @@ class Found(NamedTuple):
     """Cross entropy summed over this rank's tokens, where the pipeline ends."""
     gradients: "list[Piece]"
     """Of its parameters."""
+    norm: float
+    """Of all gradients on all ranks, as Megatron's optimizer has it."""
+    parameters: "list[Piece]"
+    """After its step."""
 
 
 def scrambled(model: ModelConfig, dtype: torch.dtype = torch.float32) -> HybridModel:
@@ -51,7 +58,10 @@ def in_checkpoint(model: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, T
 
 
 def build(model: ModelConfig, spec: Any, vocab_size: int | None = None, **parallel: Any) -> Any:
-    """The part of `MambaModel` that this rank has, on groups that are made here; vocab_size: with rows that fill it up."""
+    """The part of `MambaModel` that this rank has, on groups that are made here.
+
+    vocab_size: with rows that fill it up. parallel: of `TransformerConfig`, degrees and whatever else.
+    """
     from megatron.core import parallel_state
     from megatron.core.models.mamba.mamba_model import MambaModel
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -62,16 +72,16 @@ def build(model: ModelConfig, spec: Any, vocab_size: int | None = None, **parall
     parallel_state.initialize_model_parallel(**degrees)
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     asked = megatron_config(model)
-    config = TransformerConfig(
-        **asked.transformer,
-        activation_func=F.silu,
-        use_cpu_initialization=True,
-        pipeline_dtype=torch.float32,
-        gradient_accumulation_fusion=False,
-        moe_token_dispatcher_type="alltoall",
-        batch_p2p_comm=False,
-        **parallel,
-    )
+    here = {
+        "activation_func": F.silu,
+        "use_cpu_initialization": True,
+        "pipeline_dtype": torch.float32,
+        "gradient_accumulation_fusion": False,
+        "moe_token_dispatcher_type": "alltoall",
+        # Megatron's own way gives wrong gradients over gloo.
+        "batch_p2p_comm": False,
+    }
+    config = TransformerConfig(**asked.transformer | here | parallel)
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     options = asked.model | {"vocab_size": vocab_size or model.vocab_size, "pre_process": first, "post_process": last}
     return MambaModel(config, spec, max_sequence_length=4096, **options)
@@ -168,14 +178,28 @@ def step(module: Any, ids: Tensor, labels: Tensor) -> Found:
         )
     gradients = {name.removeprefix("module."): p.main_grad for name, p in wrapped.named_parameters()}
     parts = [piece._replace(numbers=piece.numbers.clone()) for piece in pieces(module, gradients)]
-    return Found(torch.stack(sums).sum() if sums else None, parts)
+    norm = _optimize(wrapped)
+    parameters = [piece._replace(numbers=piece.numbers.detach().clone()) for piece in pieces(module)]
+    return Found(torch.stack(sums).sum() if sums else None, parts, norm, parameters)
 
 
-def joined(found: list[Found], like: dict[str, Tensor]) -> dict[str, Tensor]:
+def _optimize(wrapped: Any) -> float:
+    """A step of SGD by Megatron's optimizer, which clips -> the norm of all gradients before."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    config = OptimizerConfig(optimizer="sgd", lr=LR, sgd_momentum=0.0, weight_decay=0.0, clip_grad=CLIP)
+    optimizer = get_megatron_optimizer(config, [wrapped])
+    for group in optimizer.param_groups:
+        group["lr"] = LR
+    _, norm, _ = optimizer.step()
+    return float(norm)
+
+
+def joined(parts: list[list[Piece]], like: dict[str, Tensor]) -> dict[str, Tensor]:
     """All ranks' pieces, each compared with the others' of the same place -> whole tensors."""
     whole = {name: torch.full(tensor.shape, float("nan")) for name, tensor in like.items()}
-    for rank in found:
-        for name, place, numbers in rank.gradients:
+    for rank in parts:
+        for name, place, numbers in rank:
             there = whole[name][place]
             assert there.isnan().all() or torch.allclose(there, numbers, rtol=1e-4, atol=1e-6), name
             whole[name][place] = numbers

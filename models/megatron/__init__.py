@@ -8,7 +8,7 @@ schedules, optimizer and checkpoints stay; the Mamba-2 mixer hands its state fro
 tokens twice, and attention works over cp. Transformer Engine and mamba-ssm are not needed.
 """
 
-from .version import check_version
+from ..megatron_version import check_version
 
 check_version()
 

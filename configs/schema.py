@@ -381,8 +381,8 @@ class OptimizerConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Positive = 1.0
     """Largest norm of all gradients together."""
-    implementation: Literal["auto", "torch", "apex"] = "auto"
-    """torch: its fused AdamW; apex: its FusedAdam; auto: apex on GPUs where it is installed, else torch."""
+    implementation: Literal["auto", "torch", "apex", "transformer_engine"] = "auto"
+    """torch: its fused AdamW; apex, transformer_engine: their FusedAdam; auto: on GPUs one that is installed, else torch."""
 
 
 class ScheduleConfig(Section):
@@ -431,6 +431,8 @@ class Config(Section):
     """Of the computation; bf16 keeps parameters, gradients' sums, A_log, D, dt_bias and the router in fp32."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """auto: Triton kernels on CUDA and ROCm where they take the sizes, PyTorch elsewhere; triton: an error where they do not."""
+    norms: Literal["baton", "apex"] = "baton"
+    """apex: its FusedRMSNorm, on GPUs, in place of the kernel here; the gated norm stays."""
     start_from: Path | None = None
     """A checkpoint, or a run's folder with some, whose weights a new run begins with; null: random ones."""
     model: ModelConfig

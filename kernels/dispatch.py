@@ -4,12 +4,13 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
 
 from ..configs.errors import UserError
+from . import accelerators
 
 Kernels = Literal["auto", "triton", "reference"]
 
@@ -19,26 +20,37 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _log = logging.getLogger(__name__)
 _chosen: Kernels = "auto"
+_apex_rms_norm: Callable[..., torch.Tensor] | None = None
 _usual: bool | None = None
 """What the first operation ran on: that is logged, and others only where they differ."""
 _different: set[str] = set()
 
 
-def choose(kernels: Kernels) -> None:
-    """For the whole process. auto: Triton on CUDA and ROCm where the kernels take the arguments, the reference elsewhere."""
-    global _chosen
-    _chosen = kernels
+def choose(kernels: Kernels, norms: Literal["baton", "apex"] = "baton") -> None:
+    """For the whole process. auto: Triton on CUDA and ROCm where the kernels take the arguments, the reference elsewhere.
+
+    norms: apex: its FusedRMSNorm for plain RMS norms. Raises UserError where that is missing.
+    """
+    global _chosen, _apex_rms_norm
+    _chosen, _apex_rms_norm = kernels, accelerators.fused_rms_norm() if norms == "apex" else None
 
 
 @contextlib.contextmanager
 def chosen(kernels: Kernels) -> Iterator[None]:
     """As `choose`, for a while."""
-    before = _chosen
-    choose(kernels)
+    global _chosen
+    before, _chosen = _chosen, kernels
     try:
         yield
     finally:
-        choose(before)
+        _chosen = before
+
+
+def apex_rms_norm(device: torch.device) -> Callable[..., torch.Tensor] | None:
+    """apex's function, where it is chosen. Raises UserError on a device that it does not run on."""
+    if _apex_rms_norm is not None and device.type != "cuda":
+        raise UserError(f"norms is apex, whose FusedRMSNorm runs on GPUs alone, not on {device.type}; allowed: baton")
+    return _apex_rms_norm
 
 
 def fused(operation: str, device: torch.device, obstacle: str | None = None) -> bool:

@@ -25,7 +25,7 @@ def build_stages(config: Config, mesh: Mesh, device: torch.device) -> "Stages":
     The process runs the config's kernels from here on. All ranks call it. Raises ValueError for a mixer that cannot be sharded,
     and UserError for a file of links that cannot be read.
     """
-    dispatch.choose(config.kernels)
+    dispatch.choose(config.kernels, config.norms)
     meet_neighbours(config, mesh)
     strategies = choose_strategies(config, mesh, device)
     cuts = stage_layers(config.model, config.parallel.stages, config.data.context)

@@ -23,6 +23,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns x's shape and dtype. Raises ValueError, naming the argument.
     """
     _check("rms_norm", x, {}, weight)
+    if apex := dispatch.apex_rms_norm(x.device):
+        return apex(x, weight, weight.shape, eps)
     if dispatch.fused("rms_norm", x.device, _obstacle({"x": x, "weight": weight}, x.shape[-1], MAX_ROW)):
         return _rms_norm(x, weight, eps)[0]
     return reference.rms_norm(x, weight, eps)
@@ -31,6 +33,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`rms_norm` of residual + x, and the sum itself; both [..., d]. Raises ValueError, naming the argument."""
     _check("add_rms_norm", x, {"residual": residual}, weight)
+    if apex := dispatch.apex_rms_norm(x.device):
+        total = residual + x
+        return apex(total, weight, weight.shape, eps), total
     obstacle = _obstacle({"x": x, "residual": residual, "weight": weight}, x.shape[-1], MAX_ROW)
     if x.dtype != residual.dtype:
         obstacle = f"residual is {residual.dtype}, allowed for the Triton kernels: that of x, {x.dtype}"

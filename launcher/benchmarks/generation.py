@@ -68,7 +68,7 @@ def bench_generation(
 
 def _build(config: Config, device: torch.device) -> HybridModel:
     """The config's model, filled as it begins."""
-    dispatch.choose(config.kernels)
+    dispatch.choose(config.kernels, config.norms)
     model = build_replica(config, build_mesh(config.parallel, device.type), device)
     for name, part in model.parts().items():
         initialize_part(part, name, config.model, config.seed)

@@ -38,7 +38,7 @@ def generation_config(contents: Contents, tp: int, cp: int, longest: int) -> Con
 
 def load_model(contents: Contents, config: Config, mesh: Mesh, device: torch.device) -> HybridModel:
     """This rank's part of the model, each tensor in the dtype of the computation. All ranks call it. Raises UserError."""
-    dispatch.choose(config.kernels)
+    dispatch.choose(config.kernels, config.norms)
     model = build_replica(config, mesh, device)
     saved = {entry.name for entry in contents.entries}
     kept = model.state_dict().keys()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...configs.errors import UserError
 from ...configs.schema import Config
+from ...kernels import accelerators
 from ...kernels.cross_entropy import IGNORED
 from ...models.hybrid import Losses, MicroStep
 from ...models.stages import Stages, build_stages
@@ -151,6 +152,8 @@ class Trainer:
             text += f"; {describe_pipeline(config)}"
         if stages.strategies:
             text += f"; states pass by {stages.strategies.exchange}, attention by {stages.strategies.attention}"
+        if found := accelerators.found():
+            text += f"; installed: {', '.join(found)}"
         return text + (f"; goes on after step {self.done}" if self.done else "")
 
     def _sum(self, tensor: Tensor, axis: str) -> Tensor:

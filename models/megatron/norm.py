@@ -1,6 +1,7 @@
 """RMS norms for Megatron's layers: also under sequence_parallel, which its own without Transformer Engine refuse."""
 
-from typing import Any
+import logging
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -8,7 +9,60 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import nn
 
+from ...configs.errors import UserError
+from ...kernels import accelerators
 from ..norm import GatedGroupRMSNorm, RMSNorm
+
+Kind = Literal["auto", "baton", "apex", "transformer_engine"]
+
+_log = logging.getLogger(__name__)
+
+
+def choose_norm(kind: Kind) -> type:
+    """The class that Megatron builds a norm by. auto: Transformer Engine's where that is installed, else the one here; logged.
+
+    Raises UserError where what is asked for is missing.
+    """
+    if kind == "auto":
+        kind = "baton" if _find("transformer_engine") is None else "transformer_engine"
+    if kind != "baton" and _find(kind) is None:
+        raise UserError(f"norm is {kind}, and {accelerators.INSTALL[kind]}; allowed: auto, baton")
+    _log.info("Megatron's norms: by %s", kind)
+    return {"baton": Norm, "apex": ApexNorm, "transformer_engine": EngineNorm}[kind]
+
+
+def _find(name: accelerators.Name) -> Any:
+    return accelerators.find(name, *{"apex": ("normalization", "FusedRMSNorm"), "transformer_engine": ("pytorch", "RMSNorm")}[name])
+
+
+class EngineNorm:
+    """Makes Megatron's own, of Transformer Engine, which does not look at the config's epsilon by itself."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float | None = None) -> Any:
+        """As `Norm`."""
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm(config, hidden_size, config.layernorm_epsilon if eps is None else eps)
+
+
+class ApexNorm:
+    """Makes apex's FusedRMSNorm."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float | None = None) -> Any:
+        """As `Norm`."""
+        _check(config)
+        made = _find("apex")(hidden_size, config.layernorm_epsilon if eps is None else eps)
+        made = made.to(device=torch.cuda.current_device(), dtype=config.params_dtype)
+        made.weight.sequence_parallel = config.sequence_parallel
+        return made
+
+
+def _check(config: TransformerConfig) -> None:
+    """Raises ValueError for norms that are no RMS norm."""
+    if config.normalization != "RMSNorm":
+        raise ValueError(f"normalization is {config.normalization!r}, allowed with this spec: 'RMSNorm'")
+    if config.layernorm_zero_centered_gamma:
+        raise ValueError("layernorm_zero_centered_gamma is True, allowed with this spec: False")
 
 
 class Norm(RMSNorm):
@@ -17,10 +71,7 @@ class Norm(RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float | None = None) -> None:
         """eps: config.layernorm_epsilon unless given. Raises ValueError for norms that are no RMS norm."""
         super().__init__(hidden_size, config.layernorm_epsilon if eps is None else eps)
-        if config.normalization != "RMSNorm":
-            raise ValueError(f"normalization is {config.normalization!r}, allowed with this spec: 'RMSNorm'")
-        if config.layernorm_zero_centered_gamma:
-            raise ValueError("layernorm_zero_centered_gamma is True, allowed with this spec: False")
+        _check(config)
         ones = torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         self.weight = nn.Parameter(ones)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

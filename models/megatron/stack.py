@@ -21,17 +21,25 @@ from torch.nn import functional as F
 
 from .attention import CoreAttention
 from .mixer import Mamba2Mixer, Mamba2MixerSubmodules, Strategy
-from .norm import Norm
+from .norm import Kind as NormKind
+from .norm import choose_norm
 
 
 class HybridStack(MambaStack):
     """Megatron's, whose last norm is of Transformer Engine, with ours in its place."""
 
-    def __init__(self, config: TransformerConfig, submodules: MambaStackSubmodules, post_layer_norm: bool = True, **options: Any):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MambaStackSubmodules,
+        norm: type,
+        post_layer_norm: bool = True,
+        **options: Any,
+    ) -> None:
         super().__init__(config, submodules, post_layer_norm=False, **options)
         self.post_layer_norm = post_layer_norm
         if self.post_process and post_layer_norm:
-            self.final_norm = Norm(config, config.hidden_size)
+            self.final_norm = norm(config, config.hidden_size)
 
 
 class Router(TopKRouter):
@@ -44,12 +52,17 @@ class Router(TopKRouter):
         return F.linear(input.to(dtype), self.weight.to(dtype), bias)
 
 
-def build_hybrid_stack_spec(strategy: Strategy = "auto", transport: torch.dtype | None = None) -> ModuleSpec:
+def build_hybrid_stack_spec(
+    strategy: Strategy = "auto", transport: torch.dtype | None = None, norm: NormKind = "auto"
+) -> ModuleSpec:
     """A spec for `MambaModel`; sizes are the config's.
 
     strategy: how the states of Mamba-2 pass over cp: auto, ring, allgather, doubling or sliced. transport: what they travel as,
     such as torch.bfloat16; None: fp32. How attention works over cp is the config's cp_comm_type.
+    norm: whose RMS norms stand before each part: auto (Transformer Engine's where that is installed, else baton's), baton, apex or
+    transformer_engine. Raises UserError where those that are asked for are not installed.
     """
+    made = choose_norm(norm)
     linear = {"linear_fc1": ColumnParallelLinear, "linear_fc2": RowParallelLinear}
     mixer = ModuleSpec(
         module=Mamba2Mixer,
@@ -72,13 +85,13 @@ def build_hybrid_stack_spec(strategy: Strategy = "auto", transport: torch.dtype 
         mamba_layer=ModuleSpec(
             module=MambaLayer,
             submodules=MambaLayerSubmodules(
-                norm=Norm, mixer=mixer, mamba_bda=get_bias_dropout_add, sharded_state_dict_keys_map={"norm.": fused[2]}
+                norm=made, mixer=mixer, mamba_bda=get_bias_dropout_add, sharded_state_dict_keys_map={"norm.": fused[2]}
             ),
         ),
         attention_layer=ModuleSpec(
             module=TransformerLayer,
             submodules=TransformerLayerSubmodules(
-                input_layernorm=Norm,
+                input_layernorm=made,
                 self_attention=attention,
                 self_attn_bda=get_bias_dropout_add,
                 sharded_state_dict_keys_map={"input_layernorm.": fused[0]},
@@ -87,7 +100,7 @@ def build_hybrid_stack_spec(strategy: Strategy = "auto", transport: torch.dtype 
         mlp_layer=ModuleSpec(
             module=MLPLayer,
             submodules=TransformerLayerSubmodules(
-                pre_mlp_layernorm=Norm,
+                pre_mlp_layernorm=made,
                 mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(**linear)),
                 mlp_bda=get_bias_dropout_add,
                 sharded_state_dict_keys_map={"pre_mlp_layernorm.": fused[1]},
@@ -95,10 +108,10 @@ def build_hybrid_stack_spec(strategy: Strategy = "auto", transport: torch.dtype 
         ),
         moe_layer=ModuleSpec(
             module=TransformerLayer,
-            submodules=TransformerLayerSubmodules(pre_mlp_layernorm=Norm, mlp=moe, mlp_bda=get_bias_dropout_add),
+            submodules=TransformerLayerSubmodules(pre_mlp_layernorm=made, mlp=moe, mlp_bda=get_bias_dropout_add),
         ),
     )
-    return ModuleSpec(module=HybridStack, submodules=layers)
+    return ModuleSpec(module=HybridStack, params={"norm": made}, submodules=layers)
 
 
 hybrid_stack_spec = build_hybrid_stack_spec()

@@ -1,8 +1,7 @@
 """AdamW: what is decayed, at which rate, and apex's in torch's place, by something that keeps to its interface."""
 
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +10,10 @@ from torch.optim.adamw import adamw
 
 from baton.configs.errors import UserError
 from baton.configs.schema import OptimizerConfig, ScheduleConfig
+from baton.kernels import accelerators
 from baton.launcher.environment import Environment
 from baton.launcher.training import loop, optimizer
-from baton.launcher.training.optimizer import ApexAdamW, build_optimizer, find_apex, implementation, learning_rate
+from baton.launcher.training.optimizer import FusedAdamW, build_optimizer, implementation, learning_rate
 from baton.launcher.training.token_files import prepare
 from baton.models.hybrid import build_model
 from baton.parallel.gradients import local_part
@@ -67,7 +67,7 @@ def with_stand_in(named, config):
     """As build_optimizer, where apex can run."""
     groups = build_optimizer(named, config).param_groups
     groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
-    return ApexAdamW(groups, FusedAdam, lr=config.lr, betas=config.betas, eps=config.eps)
+    return FusedAdamW(groups, "apex", FusedAdam, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def train(rank, config, build, resume, last):
@@ -126,55 +126,40 @@ def test_a_rank_without_any_row():
     """apex would lose tensors beside an empty one, and takes no group without tensors."""
     empty, vector = torch.nn.Parameter(torch.empty(0, 3)), torch.nn.Parameter(torch.ones(2))
     options = {"lr": 0.5, "betas": (0.9, 0.95), "eps": 1e-8}
-    built = ApexAdamW([{"params": [empty], "weight_decay": 0.1}, {"params": [vector], "weight_decay": 0.0}], FusedAdam, **options)
+    groups = [{"params": [empty], "weight_decay": 0.1}, {"params": [vector], "weight_decay": 0.0}]
+    built = FusedAdamW(groups, "apex", FusedAdam, **options)
     empty.grad, vector.grad = torch.empty(0, 3), torch.ones(2)
     built.step()
     assert vector.tolist() == pytest.approx([0.5, 0.5])
     assert set(built.state) == {empty, vector}
-    ApexAdamW([{"params": [empty], "weight_decay": 0.1}], FusedAdam, **options).step()
-
-
-def fake_apex(monkeypatch, **modules):
-    for name in ("apex", "apex.multi_tensor_apply", "apex.optimizers"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    for name, contents in modules.items():
-        module = ModuleType(name.replace("__", "."))
-        vars(module).update(contents)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-
-
-def test_only_the_real_apex_counts(monkeypatch):
-    """PyPI's apex is another project; one without CUDA extensions has no FusedAdam that runs."""
-    fake_apex(monkeypatch, apex={"__path__": []})
-    assert find_apex() is None
-    optimizers = {"FusedAdam": FusedAdam}
-    for available, expected in ((False, None), (True, FusedAdam)):
-        applier = {"multi_tensor_applier": SimpleNamespace(available=available)}
-        fake_apex(monkeypatch, apex={"__path__": []}, apex__multi_tensor_apply=applier, apex__optimizers=optimizers)
-        assert find_apex() is expected
+    FusedAdamW([{"params": [empty], "weight_decay": 0.1}], "apex", FusedAdam, **options).step()
 
 
 def test_which_one_is_taken(monkeypatch):
-    """auto: apex where it can run; apex: an error in one line where it cannot."""
+    """auto: one that can run; by name: an error in one line where it cannot."""
     named = {"w": torch.nn.Parameter(torch.ones(2, 2))}.items()
     for name in ("auto", "torch"):
         built = build_optimizer(named, OptimizerConfig(implementation=name))
         assert implementation(built) == "torch"
         assert built.param_groups[0]["fused"]
-    with pytest.raises(
-        UserError, match="^optimizer.implementation is apex, and its FusedAdam runs on GPUs alone; allowed: torch, auto$"
-    ):
-        build_optimizer(named, OptimizerConfig(implementation="apex"))
-    monkeypatch.setattr(optimizer, "find_apex", lambda: FusedAdam)
+    for name in ("apex", "transformer_engine"):
+        with pytest.raises(UserError) as caught:
+            build_optimizer(named, OptimizerConfig(implementation=name))
+        assert (
+            str(caught.value) == f"optimizer.implementation is {name}, and its FusedAdam runs on GPUs alone; allowed: torch, auto"
+        )
     on_gpu = {"device": torch.device("cuda"), "dtype": torch.float32}
-    assert optimizer._obstacle([SimpleNamespace(**on_gpu)]) is None
-    assert "fp64" in optimizer._obstacle([SimpleNamespace(**on_gpu | {"dtype": torch.float64})])
-    monkeypatch.setattr(optimizer, "find_apex", lambda: None)
-    assert "git clone https://github.com/NVIDIA/apex" in optimizer._obstacle([SimpleNamespace(**on_gpu)])
-    monkeypatch.setattr(optimizer, "find_apex", lambda: FusedAdam)
-    monkeypatch.setattr(optimizer, "_obstacle", lambda parameters: None)
-    for name, expected in {"auto": "apex", "apex": "apex", "torch": "torch"}.items():
+    assert "git clone https://github.com/NVIDIA/apex" in optimizer._obstacle("apex", [SimpleNamespace(**on_gpu)])
+    assert "transformer_engine[pytorch]" in optimizer._obstacle("transformer_engine", [SimpleNamespace(**on_gpu)])
+    monkeypatch.setattr(accelerators, "fused_adam", lambda name: FusedAdam)
+    assert optimizer._obstacle("apex", [SimpleNamespace(**on_gpu)]) is None
+    assert "fp64" in optimizer._obstacle("apex", [SimpleNamespace(**on_gpu | {"dtype": torch.float64})])
+    taken = {"auto": "apex", "apex": "apex", "transformer_engine": "transformer_engine", "torch": "torch"}
+    monkeypatch.setattr(optimizer, "_obstacle", lambda name, parameters: None)
+    for name, expected in taken.items():
         assert implementation(build_optimizer(named, OptimizerConfig(implementation=name))) == expected
+    monkeypatch.setattr(optimizer, "_obstacle", lambda name, parameters: "x" if name == "apex" else None)
+    assert implementation(build_optimizer(named, OptimizerConfig())) == "transformer_engine"
 
 
 def test_vectors_are_not_decayed():

@@ -1,6 +1,7 @@
 """Megatron's own hybrid model with our spec computes what our model does, on every mesh, also where its own mixer refuses."""
 
 import importlib.metadata
+import sys
 
 import megatron_bytes
 import megatron_peer as peer
@@ -9,6 +10,7 @@ import torch
 from megatron_bytes import Sizes
 from megatron_cpu import megatron_on_cpu
 
+from baton.configs.errors import UserError
 from baton.models.hybrid import MicroStep
 from baton.models.megatron_version import check_version
 from baton.parallel.halo import halo_messages
@@ -187,9 +189,10 @@ def refused(rank, overrides, changed, length):
 
         try:
             module = peer.build(tiny_config(overrides).model, hybrid_stack_spec, **changed)
-            options = {"inference_context": object()} if length < 0 else {}
+            if length < 0:
+                module.decoder.layers[0].mixer(torch.zeros(-length, 1, 32), inference_context=object())
             ids = torch.zeros(1, abs(length), dtype=torch.int64)
-            module.train()(ids, ids, None, labels=ids, **options)
+            module(ids, ids, None, labels=ids)
         except ValueError as error:
             return str(error)
 
@@ -220,6 +223,43 @@ def refused(rank, overrides, changed, length):
 def test_what_is_refused_is_named(pool, overrides, changed, length, message):
     found = pool.run(2, refused, overrides, changed, length)
     assert all(said.startswith(message) for said in found), found
+
+
+def with_norm(rank, kind):
+    """A model whose norms are of another project, by something that keeps to its interface; or what is said without it."""
+    from types import ModuleType, SimpleNamespace
+
+    with megatron_on_cpu(), pytest.MonkeyPatch.context() as patch:
+        from baton.models.megatron import build_hybrid_stack_spec
+
+        try:
+            build_hybrid_stack_spec(norm=kind)
+        except UserError as error:
+            said = str(error)
+        parts = {
+            "apex.multi_tensor_apply": {"multi_tensor_applier": SimpleNamespace(available=True)},
+            "apex.normalization": {"FusedRMSNorm": torch.nn.RMSNorm},
+        }
+        for name, contents in {"apex": {}, **parts}.items():
+            module = ModuleType(name)
+            vars(module).update({"__path__": []} | contents)
+            patch.setitem(sys.modules, name, module)
+        model = tiny_config(DENSE).model
+        module = peer.build(model, build_hybrid_stack_spec(norm=kind))
+        peer.fill(module, model, peer.scrambled(model))
+        return said, peer.step(module, *tokens()), type(module.decoder.final_norm).__name__
+
+
+def test_norms_by_apex(pool):
+    """Not run with apex itself, which needs a GPU."""
+    model = tiny_config(DENSE).model
+    loss, gradients = peer.expected(model, *tokens())
+    ((said, found, kind),) = pool.run(1, with_norm, "apex")
+    assert said.startswith("norm is apex, and NVIDIA's apex with its CUDA extensions is not installed (git clone ")
+    assert kind == "RMSNorm"
+    assert relative_error(found.loss, loss) <= 1e-5
+    whole = peer.joined([found.gradients], gradients)
+    assert all(relative_error(whole[name], gradients[name]) <= 1e-5 for name in gradients)
 
 
 @pytest.mark.parametrize("version", ["0.15.2", "0.17.0", None])

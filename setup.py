@@ -45,6 +45,9 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.12",
             "mypy>=1.11",
+            # Of Megatron's own mixer and checkpoints, beside which ours are tested.
+            "einops",
+            "psutil",
             "types-PyYAML",
             "setuptools>=70",
             "wheel",

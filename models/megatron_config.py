@@ -28,7 +28,7 @@ class MegatronConfig(NamedTuple):
                 found.append(OPTIONS[name](value))
             elif value is True:
                 found.append(_option(name))
-            elif value not in (False, None):
+            elif value is not False and value is not None:
                 found.append(f"{_option(name)} {value}")
         return [option for option in found if option]
 

@@ -96,7 +96,7 @@ def test_in_and_out(pool, theirs, ours, tmp_path):
     assert result.exit_code == 0, result.stderr
     options = [line.strip() for line in result.stdout.splitlines()[2:]]
     assert options[:2] == ["--spec baton.models.megatron hybrid_stack_spec", "--hybrid-override-pattern M-ME*-"]
-    for option in ("--swiglu", "--num-experts 4", "--mamba-num-groups 1", f"--load {tmp_path / 'out'}"):
+    for option in ("--swiglu", "--num-experts 4", "--mamba-num-groups 1", "--hidden-dropout 0.0", f"--load {tmp_path / 'out'}"):
         assert option in options
     whole = sum(tensor.numel() for tensor in wanted.values())
     for parallel in ({"pipeline_model_parallel_size": 2}, {"expert_model_parallel_size": 2}):

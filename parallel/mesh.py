@@ -58,7 +58,7 @@ class Mesh:
         if size not in self.neighbours:
             runs = self.ranks.reshape(-1, size).tolist()
             self.neighbours[size], _ = dist.new_subgroups_by_enumeration(runs)
-            _give_up_as_the_default_group(self.neighbours[size], self.tensor.device_type)
+            give_up_as_the_default_group(self.neighbours[size], self.tensor.device_type)
         return self.neighbours[size]
 
     def pipeline_ends(self) -> dist.ProcessGroup | None:
@@ -71,7 +71,7 @@ class Mesh:
         ends = self.ranks[:, [0, -1]].movedim(1, -1).reshape(-1, 2).tolist()
         group, _ = dist.new_subgroups_by_enumeration(ends)
         if group is not None:
-            _give_up_as_the_default_group(group, self.tensor.device_type)
+            give_up_as_the_default_group(group, self.tensor.device_type)
         return group
 
 
@@ -127,13 +127,13 @@ def _lay_out(sizes: Degrees, replicate: int, device_type: str) -> Mesh:
         states, _ = dist.new_subgroups_by_enumeration(runs, group_desc="mesh_states")
     mesh = Mesh(axes, dense.mesh, data, expert_data, expert_tensor, states)
     for axis in (*axes.values(), *(each[name] for each in (data, expert_data) for name in each.mesh_dim_names or ())):
-        _give_up_as_the_default_group(axis.get_group(), device_type)
+        give_up_as_the_default_group(axis.get_group(), device_type)
     if states:
-        _give_up_as_the_default_group(states, device_type)
+        give_up_as_the_default_group(states, device_type)
     return mesh
 
 
-def _give_up_as_the_default_group(group: dist.ProcessGroup, device_type: str) -> None:
+def give_up_as_the_default_group(group: dist.ProcessGroup, device_type: str) -> None:
     """Gives a group the default one's timeout; it was made with PyTorch's, half an hour with gloo."""
     default = dist.distributed_c10d._get_default_group()
     _set_pg_timeout(default._get_backend(torch.device(device_type)).options._timeout, group)

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import torch
+from click.testing import Result
+from typer.testing import CliRunner
 
 from baton.configs.loading import load_config
 from baton.configs.schema import Config
+from baton.launcher.cli import app
 from baton.launcher.environment import Environment
 from baton.launcher.verification.verdict import Verdict
 from baton.launcher.verification.verifier import Verifier
@@ -48,6 +51,21 @@ def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
     largest = reference.abs().max()
     assert largest > 0, "a reference that is all zero shows nothing"
     return ((found.double() - reference.double()).abs().max() / largest).item()
+
+
+def run_command(*arguments: object) -> Result:
+    """`baton` with these arguments, in this process."""
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def error_of_command(*arguments: object) -> str:
+    """The one line with which a command fails."""
+    result = run_command(*arguments)
+    assert result.exit_code == 1
+    (line,) = [line for line in result.stderr.splitlines() if line]
+    return line
 
 
 SMALL_RUN = [

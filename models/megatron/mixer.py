@@ -243,7 +243,7 @@ class Mamba2Mixer(MegatronModule):
         super()._apply(fn, recurse)
         for name, kept in before.items():
             parameter = getattr(self, name)
-            if parameter.dtype != kept.dtype:
+            if parameter.dtype.itemsize < kept.dtype.itemsize:
                 parameter.data = kept.to(parameter.device)
         return self
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from ...kernels.documents import Documents, pack_documents
 from ...parallel.layout import Layout
+from ...parallel.mesh import give_up_as_the_default_group
 
 _made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
 """Groups by what they are for and the ranks in them, in the default group."""
@@ -38,7 +39,17 @@ def _make(purpose: str, ranks: list[int]) -> dist.ProcessGroup:
     """The ranks in it alone must call it, the first time: other stages of a pipeline may have no layer that needs one."""
     key = purpose, tuple(ranks)
     if _made.get(key) not in dist.distributed_c10d._world.pg_map:
-        _made[key] = dist.new_group(ranks, use_local_synchronization=True, group_desc=purpose)
+        default = dist.distributed_c10d._get_default_group()
+        # Bound to a device, the default group would be split for it, which all its ranks have to call.
+        bound = default.bound_device_id
+        if bound is not None:
+            default.bound_device_id = None
+        try:
+            _made[key] = dist.new_group(ranks, use_local_synchronization=True, group_desc=purpose)
+        finally:
+            if bound is not None:
+                default.bound_device_id = bound
+        give_up_as_the_default_group(_made[key], "cuda" if dist.get_backend() == "nccl" else "cpu")
     return _made[key]
 
 

@@ -1,5 +1,6 @@
 """`baton convert`: what it writes, what it says, what it leaves behind; and runs that start from what it wrote."""
 
+import functools
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from baton.launcher.conversion.to_hf import convert_to_hf  # noqa: E402
 from baton.launcher.training.tokenizer import byte_tokenizer  # noqa: E402
 from baton.models.hf import HFCheckpoint, load_hf  # noqa: E402
 from baton.models.hf.files import TensorFiles  # noqa: E402
-from helpers import relative_error  # noqa: E402
+from helpers import error_of_command, relative_error, run_command  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +44,7 @@ def imported(jamba, tmp_path_factory):
     return folder
 
 
-def run(*arguments):
-    result = CliRunner().invoke(app, ["convert", *map(str, arguments)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
-def error_of(*arguments):
-    """The one line of a command that fails."""
-    result = run(*arguments)
-    assert result.exit_code == 1
-    lines = [line for line in result.stderr.splitlines() if line]
-    assert len(lines) == 1
-    return lines[0]
+run, error_of = (functools.partial(command, "convert") for command in (run_command, error_of_command))
 
 
 def test_in_check_and_out(jamba, tmp_path):

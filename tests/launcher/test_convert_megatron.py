@@ -1,18 +1,17 @@
 """Checkpoints of Megatron's into ours and back: every number as it was, from any of its meshes onto any other."""
 
+import functools
 import shutil
 
 import megatron_peer as peer
 import pytest
 import torch
 from megatron_cpu import megatron_on_cpu
-from typer.testing import CliRunner
 
 from baton.configs.loading import load_config
 from baton.launcher.checkpoints.contents import read_contents
 from baton.launcher.checkpoints.tensors import CheckpointTensors
-from baton.launcher.cli import app
-from helpers import TINY, tiny_config
+from helpers import TINY, error_of_command, run_command, tiny_config
 
 MODEL = [
     "model.pattern=M-ME*-",
@@ -52,17 +51,7 @@ def loaded(rank, model, folder, parallel):
         return peer.same(module, model, peer.scrambled(model))
 
 
-def run(*arguments):
-    result = CliRunner().invoke(app, ["convert", *map(str, arguments)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
-def error_of(*arguments):
-    result = run(*arguments)
-    assert result.exit_code == 1
-    (line,) = [line for line in result.stderr.splitlines() if line]
-    return line
+run, error_of = (functools.partial(command, "convert") for command in (run_command, error_of_command))
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,8 @@ def find(name: Name, module: str, part: str) -> Any:
         if name == "apex" and not importlib.import_module("apex.multi_tensor_apply").multi_tensor_applier.available:
             return None
         return getattr(importlib.import_module(f"{name}.{module}"), part, None)
-    except (ImportError, OSError):  # a library of CUDA's that does not load is an OSError
+    except Exception:
+        # Whatever a package that does not fit the machine raises when it is imported: it is not to stop who does not ask for it.
         return None
 
 

@@ -22,7 +22,7 @@ class MegatronConfig(NamedTuple):
     @property
     def options(self) -> list[str]:
         """Of Megatron-LM's training scripts."""
-        found = ["--spec baton.models.megatron hybrid_stack_spec"]
+        found = ["--spec baton.models.megatron hybrid_stack_spec --is-hybrid-model"]
         for name, value in (self.model | self.transformer).items():
             if name in OPTIONS:
                 found.append(OPTIONS[name](value))
@@ -44,6 +44,7 @@ OPTIONS: dict[str, Callable[[Any], str]] = {
     "num_moe_experts": lambda value: f"--num-experts {value}",
     "num_query_groups": lambda value: f"--group-query-attention --num-query-groups {value}",
     "share_embeddings_and_output_weights": lambda value: "" if value else "--untie-embeddings-and-output-weights",
+    "softmax_scale": lambda value: "" if value is None else f"# no option: TransformerConfig(softmax_scale={value})",
     "vocab_size": lambda value: "",
 }
 """Where an option is not the argument with a value; the vocabulary's size is the tokenizer's."""
@@ -140,10 +141,15 @@ def _check(model: ModelConfig, kinds: set[str]) -> None:
         biased = moe.choice_bias or moe.bias_rate > 0
         scores = moe.scores == "sigmoid" and moe.renormalize != (moe.top_k > 1)
         groups = moe.groups > 1 and moe.top_k // moe.top_groups != 2
+        softmax = moe.scores == "softmax" and moe.renormalize
         allowed |= {
             "moe.activation": (mixed, moe.activation, f"that of model.mlp, {model.mlp.activation}"),
             "moe.renormalize": (scores, moe.renormalize, "with scores sigmoid true, but with top_k 1 false"),
             "moe.top_groups": (groups, moe.top_groups, "half of top_k: Megatron compares groups by their top_k / top_groups best"),
+            "moe.groups": (softmax and moe.groups > 1, moe.groups, "1 with scores softmax and renormalize"),
+            "moe.top_k": (softmax and moe.top_k == 1, moe.top_k, "2 and more with scores softmax and renormalize"),
+            "moe.capacity": (moe.capacity is not None, moe.capacity, "null"),
+            "moe.balance": (moe.aux_loss > 0 and moe.balance != "layer", moe.balance, "layer, or moe.aux_loss of 0"),
             "moe.choice_bias": (biased and moe.scores == "softmax", True, "false with scores softmax"),
         }
     for key, (wrong, found, those) in allowed.items():

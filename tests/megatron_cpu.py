@@ -56,7 +56,9 @@ def megatron_on_cpu() -> Iterator[None]:
         warnings.simplefilter("ignore")
         import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
         import megatron.core.tensor_parallel.random as random
+        import megatron.core.transformer.moe.moe_utils as moe_utils
         import megatron.core.transformer.moe.token_dispatcher as dispatcher
+        from megatron.core import parallel_state
     answers = {
         "current_device": lambda: CPU,
         "synchronize": lambda *args: None,
@@ -86,4 +88,7 @@ def megatron_on_cpu() -> Iterator[None]:
         stack.enter_context(mock.patch.dict(multiprocessing.current_process()._config, daemon=False))
         stack.enter_context(mock.patch.object(filesystem_async, "_results_queue", queue.Queue()))
         stack.enter_context(_OnCPU())
+        # Its globals hold groups, whose threads would go on in a test's worker.
+        stack.callback(moe_utils.get_moe_layer_wise_logging_tracker().clear)
+        stack.callback(parallel_state.destroy_model_parallel)
         yield

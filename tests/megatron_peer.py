@@ -180,6 +180,8 @@ def step(module: Any, ids: Tensor, labels: Tensor) -> Found:
     parts = [piece._replace(numbers=piece.numbers.clone()) for piece in pieces(module, gradients)]
     norm = _optimize(wrapped)
     parameters = [piece._replace(numbers=piece.numbers.detach().clone()) for piece in pieces(module)]
+    # Hooks of autograd's nodes hold it, where no collector looks, and with it the groups.
+    vars(wrapped).clear()
     return Found(torch.stack(sums).sum() if sums else None, parts, norm, parameters)
 
 

@@ -78,6 +78,7 @@ def print_for_megatron(config: MegatronConfig, out: Path) -> None:
     load = [f"--load {out}", "--finetune --no-load-optim --no-load-rng --ckpt-format torch_dist"]
     for option in config.options + load:
         console.print(f"    {option}", markup=False)
+    console.print("  without Transformer Engine --no-rope-fusion, without apex --no-gradient-accumulation-fusion", markup=False)
 
 
 def print_exported(model_type: str, out: Path) -> None:

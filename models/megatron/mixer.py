@@ -51,6 +51,17 @@ class Mamba2MixerSubmodules:
     out_proj: ModuleSpec | type
 
 
+class CausalConv(nn.Conv1d):
+    """Depthwise and causal, with SiLU: torch's holds the parameters, by Megatron's names.
+
+    It is called, since Megatron waits for a module's gathered parameters where that is called.
+    """
+
+    def forward(self, inputs: Tensor, halo: Tensor | None, positions: Tensor | None) -> Tensor:  # type: ignore[override]
+        """[b, l, c] -> [b, l, c], as `causal_conv`."""
+        return causal_conv(inputs, self.weight.squeeze(1), self.bias, halo, positions)
+
+
 class Mamba2Mixer(MegatronModule):
     """[l, b, d] of this rank's tokens, zigzag over cp as Megatron cuts sequences -> the same, and no bias.
 
@@ -58,8 +69,8 @@ class Mamba2Mixer(MegatronModule):
     fewer groups than tp ranks, which Megatron refuses, B and C have parameters of their own, the same on every tp rank.
     """
 
-    exact: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_bias")
-    """Parameters that stay in fp32, also in a model of 16 bits: bf16 rounds A by 0.7%."""
+    vectors: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_bias")
+    """Parameters of one number a head; what they are used for is computed in fp32, whatever Megatron makes them."""
 
     def __init__(
         self,
@@ -98,6 +109,8 @@ class Mamba2Mixer(MegatronModule):
         if self.shares_groups:
             sharing = group_of_neighbours(self.tp_group, tp // self.groups)
             self.norm.sum_over_group = lambda squares: all_sum(squares, sharing)
+        # Last: Megatron gathers parameters in the order in which they are registered, a forward ahead.
+        self._build_output(submodules, d_model)
         self._shard_sequence(strategy, transport)
 
     def _check_sizes(self, tp: int) -> None:
@@ -121,16 +134,6 @@ class Mamba2Mixer(MegatronModule):
             tp_comm_buffer_name="fc1",
             **common,
         )
-        self.out_proj = build_module(
-            submodules.out_proj,
-            self.inner,
-            d_model,
-            init_method=config.output_layer_init_method,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            tp_comm_buffer_name="fc2",
-            **common,
-        )
         if self.shares_groups:
             # Of this rank's tokens: under sequence_parallel Megatron adds the ranks' gradients up.
             weight = nn.Parameter(self._empty(shared, d_model))
@@ -139,6 +142,19 @@ class Mamba2Mixer(MegatronModule):
                 config.init_method(weight.data)
             weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
             self.bc_weight = weight
+
+    def _build_output(self, submodules: Mamba2MixerSubmodules, d_model: int) -> None:
+        common: dict[str, Any] = {"config": self.config, "bias": False, "is_expert": False, "tp_group": self.tp_group}
+        self.out_proj = build_module(
+            submodules.out_proj,
+            self.inner,
+            d_model,
+            init_method=self.config.output_layer_init_method,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_comm_buffer_name="fc2",
+            **common,
+        )
 
     def _build_ssm(self, d_conv: int, d_model: int) -> None:
         channels, shared = self.local_inner, 2 * self.groups * self.state_dim
@@ -157,10 +173,9 @@ class Mamba2Mixer(MegatronModule):
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=self.config.params_dtype, device=torch.cuda.current_device())
 
-    def _conv(self, channels: int, width: int) -> nn.Conv1d:
-        """Depthwise; it holds the parameters, by Megatron's names."""
+    def _conv(self, channels: int, width: int) -> "CausalConv":
         place = {"dtype": self.config.params_dtype, "device": torch.cuda.current_device()}
-        return nn.Conv1d(channels, channels, width, groups=channels, **place)
+        return CausalConv(channels, channels, width, groups=channels, **place)
 
     def _shard_sequence(self, strategy: Strategy, transport: torch.dtype | None) -> None:
         self.layout = cp_layout(self.cp_group)
@@ -196,7 +211,7 @@ class Mamba2Mixer(MegatronModule):
         documents = read_documents(packed_seq_params, length, self.layout, dt.device)
         x, B, C = self._convolve(inputs, documents)
         resets = None if documents is None else documents.resets
-        A, D, dt_bias = -self.A_log.exp(), self.D, self.dt_bias
+        A, D, dt_bias = -self.A_log.float().exp(), self.D.float(), self.dt_bias.float()
         scan = start_ssd(x, dt, A, B, C, D, dt_bias, NO_LIMIT, None, resets, self.chunk_size, self.scan)
         y, _ = scan.finish()
         out, _ = self.out_proj(self.norm(y.flatten(2), z).transpose(0, 1).contiguous())
@@ -223,10 +238,7 @@ class Mamba2Mixer(MegatronModule):
             halos = self.halo.start_last(inputs, self.reach).wait().split([tensor.shape[-1] for tensor in inputs], -1)
         positions = None if documents is None else documents.positions
         convs = [self.conv1d, self.bc_conv1d] if self.shares_groups else [self.conv1d]
-        outputs = [
-            causal_conv(tensor, conv.weight.squeeze(1), conv.bias, halo, positions)
-            for tensor, conv, halo in zip(inputs, convs, halos, strict=True)
-        ]
+        outputs = [conv(tensor, halo, positions) for tensor, conv, halo in zip(inputs, convs, halos, strict=True)]
         if self.shares_groups:
             x, bc = outputs
             # Each rank uses its own group's; their gradients are added up, so that all that is before has the whole of them.
@@ -236,16 +248,6 @@ class Mamba2Mixer(MegatronModule):
         else:
             x, B, C = outputs[0].split([self.local_inner, self.local_states, self.local_states], -1)
         return x.unflatten(-1, (-1, self.head_dim)), *(t.unflatten(-1, (-1, self.state_dim)) for t in (B, C))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "Mamba2Mixer":
-        """As `nn.Module` has it, but what must be exact keeps its numbers where Megatron makes a model of 16 bits."""
-        before = {name: getattr(self, name).data for name in self.exact}
-        super()._apply(fn, recurse)
-        for name, kept in before.items():
-            parameter = getattr(self, name)
-            if parameter.dtype.itemsize < kept.dtype.itemsize:
-                parameter.data = kept.to(parameter.device)
-        return self
 
     def mamba_state_shapes_per_request(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Megatron asks for them, for inference: of the convolution and of the recurrence."""
@@ -257,8 +259,8 @@ class Mamba2Mixer(MegatronModule):
         """By the names of Megatron's mixer, z, x, B, C and dt apart: a checkpoint is of any tp, and of either mixer."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
-        vectors = {name: getattr(self, name) for name in self.exact}
-        found = make_sharded_tensors_for_checkpoint(vectors, prefix, dict.fromkeys(self.exact, 0), sharded_offsets, **groups)
+        own = {name: getattr(self, name) for name in self.vectors}
+        found = make_sharded_tensors_for_checkpoint(own, prefix, dict.fromkeys(self.vectors, 0), sharded_offsets, **groups)
         for name in ("in_proj", "out_proj", "norm"):
             module, path = getattr(self, name), f"{prefix}{name}."
             found |= sharded_state_dict_default(module, path, sharded_offsets, metadata, tp_group=self.tp_group)

@@ -39,10 +39,26 @@ class EngineNorm:
     """Makes Megatron's own, of Transformer Engine, which does not look at the config's epsilon by itself."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float | None = None) -> Any:
-        """As `Norm`."""
+        """As `Norm`; without the state that its modules keep of FP8, which other norms' checkpoints have not."""
         from megatron.core.extensions.transformer_engine import TENorm
 
-        return TENorm(config, hidden_size, config.layernorm_epsilon if eps is None else eps)
+        _check(config)
+        return without_extra_state(TENorm(config, hidden_size, config.layernorm_epsilon if eps is None else eps))
+
+
+def without_extra_state(module: nn.Module) -> nn.Module:
+    """The module, whose extra state is neither in its state dict nor missed there."""
+    module.register_state_dict_post_hook(_drop_extra_state)
+    module.register_load_state_dict_post_hook(_miss_no_extra_state)
+    return module
+
+
+def _drop_extra_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    state.pop(f"{prefix}_extra_state", None)
+
+
+def _miss_no_extra_state(module: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.endswith("_extra_state")]
 
 
 class ApexNorm:

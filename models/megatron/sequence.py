@@ -1,6 +1,7 @@
 """What Megatron's cp group is to the operations of `parallel`: a layout, and a group beside it for states that travel."""
 
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -9,8 +10,8 @@ from ...kernels.documents import Documents, pack_documents
 from ...parallel.layout import Layout
 from ...parallel.mesh import give_up_as_the_default_group
 
-_made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
-"""Groups by what they are for and the ranks in them, in the default group."""
+_made: WeakValueDictionary[tuple[str, tuple[int, ...]], dist.ProcessGroup] = WeakValueDictionary()
+"""Groups by what they are for and the ranks in them, in the default group; as long as a module has one."""
 
 
 def cp_layout(group: dist.ProcessGroup) -> Layout:
@@ -23,7 +24,7 @@ def state_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
 
     Collectives of two threads, or streams, on one group would meet the wrong partners.
     """
-    return _make("states", dist.get_process_group_ranks(group))
+    return _make("states", dist.get_process_group_ranks(group), group)
 
 
 def group_of_neighbours(group: dist.ProcessGroup, size: int) -> dist.ProcessGroup:
@@ -32,25 +33,37 @@ def group_of_neighbours(group: dist.ProcessGroup, size: int) -> dist.ProcessGrou
     if size == len(ranks):
         return group
     first = dist.get_rank(group) // size * size
-    return _make("neighbours", ranks[first : first + size])
+    return _make("neighbours", ranks[first : first + size], group)
 
 
-def _make(purpose: str, ranks: list[int]) -> dist.ProcessGroup:
-    """The ranks in it alone must call it, the first time: other stages of a pipeline may have no layer that needs one."""
+def _make(purpose: str, ranks: list[int], within: dist.ProcessGroup) -> dist.ProcessGroup:
+    """All of `within` must call it, the first time, and no others: other stages of a pipeline may have no layer that needs one.
+
+    Raises ValueError where they have not made as many groups before, by which torch names a group of some ranks.
+    """
     key = purpose, tuple(ranks)
-    if _made.get(key) not in dist.distributed_c10d._world.pg_map:
+    made = _made.get(key)
+    if made is None or made not in dist.distributed_c10d._world.pg_map:
+        counts = [0] * dist.get_world_size(within)
+        dist.all_gather_object(counts, len(dist.distributed_c10d._world.pg_names), within)
+        if len({*counts}) > 1:
+            raise ValueError(
+                f"ranks {dist.get_process_group_ranks(within)} are in {counts} process groups, allowed: as many each; make groups "
+                "that only some of them are in after the model"
+            )
         default = dist.distributed_c10d._get_default_group()
         # Bound to a device, the default group would be split for it, which all its ranks have to call.
         bound = default.bound_device_id
         if bound is not None:
             default.bound_device_id = None
         try:
-            _made[key] = dist.new_group(ranks, use_local_synchronization=True, group_desc=purpose)
+            made = dist.new_group(ranks, use_local_synchronization=True, group_desc=purpose)
         finally:
             if bound is not None:
                 default.bound_device_id = bound
-        give_up_as_the_default_group(_made[key], "cuda" if dist.get_backend() == "nccl" else "cpu")
-    return _made[key]
+        give_up_as_the_default_group(made, "cuda" if dist.get_backend() == "nccl" else "cpu")
+        _made[key] = made
+    return made
 
 
 def read_documents(packed: Any, length: int, layout: Layout, device: torch.device) -> Documents | None:

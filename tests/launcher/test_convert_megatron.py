@@ -84,7 +84,7 @@ def test_in_and_out(pool, theirs, ours, tmp_path):
     result = run("to-megatron", ours, tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     options = [line.strip() for line in result.stdout.splitlines()[2:]]
-    assert options[:2] == ["--spec baton.models.megatron hybrid_stack_spec", "--hybrid-override-pattern M-ME*-"]
+    assert options[:2] == ["--spec baton.models.megatron hybrid_stack_spec --is-hybrid-model", "--hybrid-override-pattern M-ME*-"]
     for option in ("--swiglu", "--num-experts 4", "--mamba-num-groups 1", "--hidden-dropout 0.0", f"--load {tmp_path / 'out'}"):
         assert option in options
     whole = sum(tensor.numel() for tensor in wanted.values())
@@ -133,6 +133,8 @@ REFUSED = {
     "attention.rope={theta: 0.5}": "attention.rope.theta is 0.5, allowed for Megatron: a whole number",
     "moe.activation=relu2": "moe.activation is relu2, allowed for Megatron: that of model.mlp, swiglu",
     "moe.renormalize=false": "moe.renormalize is False, allowed for Megatron: with scores sigmoid true, but with top_k 1 false",
+    "moe.capacity=2": "moe.capacity is 2.0, allowed for Megatron: null",
+    "moe.balance=pooled": "moe.balance is pooled, allowed for Megatron: layer, or moe.aux_loss of 0",
     "moe.scores=softmax": "moe.choice_bias is True, allowed for Megatron: false with scores softmax",
 }
 

@@ -34,11 +34,9 @@ from ...parallel.collectives import all_sum, copy_to
 from ...parallel.halo import SequenceHalo
 from ...parallel.links import DEFAULTS, choose
 from ..initialization import inverse_softplus_dt, log_uniform_decay
+from ..megatron_config import GATED_NORM_EPS
 from .norm import GatedNorm
 from .sequence import cp_layout, group_of_neighbours, read_documents, state_group
-
-NORM_EPS = 1e-5
-"""Of the gated norm, in Megatron's mixer, whatever the config says of other norms."""
 
 Strategy = Literal["auto", "ring", "allgather", "doubling", "sliced"]
 
@@ -104,8 +102,8 @@ class Mamba2Mixer(MegatronModule):
         self.local_heads, self.local_inner, self.local_groups = self.heads // tp, self.inner // tp, max(1, self.groups // tp)
         self.local_states = self.local_groups * self.state_dim
         self._build_projections(submodules, d_model)
-        self._build_ssm(d_conv, d_model)
-        self.norm = GatedNorm(self.inner, self.groups, NORM_EPS, config, self.tp_group)
+        self._build_ssm(d_conv)
+        self.norm = GatedNorm(self.inner, self.groups, GATED_NORM_EPS, config, self.tp_group)
         if self.shares_groups:
             sharing = group_of_neighbours(self.tp_group, tp // self.groups)
             self.norm.sum_over_group = lambda squares: all_sum(squares, sharing)
@@ -156,7 +154,7 @@ class Mamba2Mixer(MegatronModule):
             **common,
         )
 
-    def _build_ssm(self, d_conv: int, d_model: int) -> None:
+    def _build_ssm(self, d_conv: int) -> None:
         channels, shared = self.local_inner, 2 * self.groups * self.state_dim
         with get_cuda_rng_tracker().fork():
             self.conv1d = self._conv(channels if self.shares_groups else channels + 2 * self.local_states, d_conv)
